@@ -1,0 +1,60 @@
+"""How a weight matrix is stored: the contract between quantization, packing and every target's kernels.
+
+A matrix W of shape (N, K) (output features, input features) is stored in tiles of 16 output rows, so that one vector
+lane is one row and no kernel needs a horizontal sum. N is padded up to a multiple of 16 with zeros.
+
+float formats (f32, f16, bf16):  w      (N/16, K, 16)          storage dtype; bf16 as uint16 bit patterns
+8-bit groups:                    w      (N/16, K/4, 16, 4)     uint8; [.., r, j] is column 4*c + j of row r
+4-bit groups:                    w      (N/16, K/8, 16, 4)     uint8; [.., r, j] holds column 8*c + j in its low nibble
+                                                               and column 8*c + 4 + j in its high nibble
+both:                            scale  (N/16, K/group, 16)    float16
+with has_minimum:                minimum (N/16, K/group, 16)   float16
+
+value = (code - zero_point) * scale            zero_point = 8 (4 bits) or 128 (8 bits)
+value = code * scale + minimum                 with has_minimum
+
+Four bytes of one row make one 32-bit lane: the operand order of int8 dot-product instructions, and what a shift and
+a mask take apart for float activations.
+"""
+
+from dataclasses import dataclass
+
+TILE = 16  # output rows per tile
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    name: str
+    bits: int  # 32, 16, 8 or 4 per weight, without scales
+    dtype: str  # storage dtype of `w`
+    group: int = 0  # columns that share a scale; 0: not grouped
+    has_minimum: bool = False
+
+    @property
+    def is_grouped(self) -> bool:
+        return self.group > 0
+
+    @property
+    def zero_point(self) -> int:
+        return 0 if self.has_minimum or not self.is_grouped else 1 << (self.bits - 1)
+
+    def parts(self, n: int, k: int) -> list[tuple[str, tuple[int, ...], str]]:
+        """(name, shape, dtype) of each stored tensor of an (n, k) matrix, in the order that kernels take them."""
+        tiles = -(-n // TILE)
+        if not self.is_grouped:
+            return [("w", (tiles, k, TILE), self.dtype)]
+        scales = (tiles, k // self.group, TILE)
+        parts = [("w", (tiles, k * self.bits // 32, TILE, 4), "uint8"), ("scale", scales, "float16")]
+        return [*parts, ("minimum", scales, "float16")] if self.has_minimum else parts
+
+
+def grouped(bits: int, group: int = 32, has_minimum: bool = False) -> WeightFormat:
+    name = f"q{bits}" + ("m" if has_minimum else "") + (f"g{group}" if group != 32 else "")
+    return WeightFormat(name, bits, "uint8", group, has_minimum)
+
+
+F32 = WeightFormat("f32", 32, "float32")
+F16 = WeightFormat("f16", 16, "float16")
+BF16 = WeightFormat("bf16", 16, "uint16")
+Q8 = grouped(8)
+Q4 = grouped(4)

@@ -1,0 +1,36 @@
+"""What the engine asks of a device: run one step over a ragged batch of tokens. Executors know no requests."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One iteration's tokens: sequence s owns rows query_start[s]:query_start[s+1] of the token arrays."""
+
+    input_ids: Int32  # (tokens,)
+    positions: Int32  # (tokens,) position of each token in its own sequence
+    slot_mapping: Int32  # (tokens,) page * page_size + offset where the token's key and value go
+    block_table: Int32  # (seqs, max_blocks) pages of each sequence in order; unused entries 0
+    seq_lens: Int32  # (seqs,) tokens of the sequence in the cache after this step
+    query_start: Int32  # (seqs + 1,)
+    logit_rows: Int32  # (rows,) token rows whose logits are wanted
+
+
+class Executor(Protocol):
+    """A loaded artifact on one device, with its KV pages."""
+
+    num_pages: int
+    page_size: int
+    vocab_size: int
+    max_tokens_per_step: int
+
+    def step(self, batch: StepInput) -> Float32:
+        """Logits, (rows, vocab_size) float32. The array is valid until the next call."""
+        ...
