@@ -45,7 +45,9 @@ def dequantize(kind: BlockType, rows: Array) -> Array:
 
 def regroup(kind: BlockType, rows: Array) -> Unpacked:
     """(N, bytes per row) uint8 -> codes (N, K) uint8, scale and minimum (N, K/group) float32."""
-    return Unpacked(*(part if part is None else part.reshape(len(rows), -1) for part in _unpack(kind, rows)))
+    codes, scale, minimum = _unpack(kind, rows)
+    n = len(rows)
+    return Unpacked(codes.reshape(n, -1), scale.reshape(n, -1), None if minimum is None else minimum.reshape(n, -1))
 
 
 def _unpack(kind: BlockType, rows: Array) -> Unpacked:

@@ -1,5 +1,6 @@
 """The GGUF container, read strictly: every count, length and offset is checked against the file before it is used."""
 
+import mmap
 import struct
 from dataclasses import dataclass
 from math import prod
@@ -44,6 +45,15 @@ class GgufFile:
     metadata: dict[str, Any]  # str, bool, int, float, list[str] or numpy array
     tensors: dict[str, StoredTensor]  # by GGUF name
 
+    def rows(self, tensor: StoredTensor) -> Array:
+        """The stored bytes, mapped: (rows, bytes per row) uint8. A vector of floats has one element per row."""
+        try:
+            flat = np.memmap(self.path, np.uint8, "r", tensor.offset, (tensor.num_bytes,))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {self.path}: {error}; was it changed since it was opened?") from error
+        is_float_vector = len(tensor.shape) == 1 and tensor.kind.unpack is None
+        return flat.reshape(-1, tensor.kind.row_bytes(1 if is_float_vector else tensor.shape[-1]))
+
 
 def read_gguf_file(path: Path) -> GgufFile:
     """Header, metadata and tensor table of a GGUF file, version 2 or 3, little endian. Tensor data is not touched.
@@ -55,10 +65,11 @@ def read_gguf_file(path: Path) -> GgufFile:
         size = path.stat().st_size
         if size < 24:
             raise CheckpointError(f"{path} has {size} bytes, too few for a GGUF file; download it again")
-        data = np.memmap(path, np.uint8, "r")
+        with path.open("rb") as stream:
+            data = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    cursor = _Cursor(path, memoryview(data))
+    cursor = _Cursor(path, data)
     num_tensors, num_entries = _preamble(cursor)
     metadata = _metadata(cursor, num_entries)
     alignment = _alignment(cursor, metadata)

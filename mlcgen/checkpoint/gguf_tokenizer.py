@@ -35,7 +35,7 @@ def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
         raise UnsupportedError(f"{path}: tokenizer model {model[:40]!r} is not read; have: {', '.join(_MODELS)}")
     vocabulary.read_tokens()
     parts = _MODELS[model](vocabulary)
-    add_bos = vocabulary.get("add_bos_token", bool, parts.pop("add_bos"))
+    add_bos = vocabulary.get("add_bos_token", bool, parts.pop("add_bos") and vocabulary.token("bos") is not None)
     add_eos = vocabulary.get("add_eos_token", bool, False)
     content = {
         "version": "1.0",
