@@ -107,9 +107,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _sharded_entries(path: Path, shards: Mapping[str, str]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
-    for shard in sorted(set(shards.values())):
-        if not (path / shard).exists():
-            raise CheckpointError(f"{path} lacks {shard!r}, which {_INDEX} names; download it too")
+    files = sorted(set(shards.values()))
+    missing = next((shard for shard in files if not (path / shard).exists()), None)
+    if missing is not None:
+        raise CheckpointError(f"{path} lacks {missing!r}, which {_INDEX} names; download it too")
+    for shard in files:
         for name, entry in read_entries(path / shard).items():
             if shards.get(name) != shard:
                 where = repr(shards[name]) if name in shards else "nowhere"

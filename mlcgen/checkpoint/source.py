@@ -1,6 +1,7 @@
 """What a user may name as a model, and which reader opens it."""
 
 import importlib.util
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,10 +34,11 @@ def open_checkpoint(source: str | Path, weights: bool = True) -> Checkpoint:
     hub repository only the JSON files are fetched.
     Raises CheckpointError for a source that is missing or damaged, UnsupportedError for one that mlcgen cannot read.
     """
-    path, name = Path(source).expanduser(), str(source)
-    if path.is_dir():
+    # os.path answers "no" for names that no file can have, where pathlib raises.
+    name, path = str(source), Path(os.path.expanduser(source))
+    if name and os.path.isdir(path):
         return open_hf(path, weights)
-    if path.exists() or path.suffix in (".gguf", ".onnx"):
+    if os.path.isfile(path) or path.suffix in (".gguf", ".onnx"):
         return _open_file(path)
     if name in MODEL_PACKAGES:
         return replace(open_gguf(_package_file(name)), name=name)
@@ -44,15 +46,15 @@ def open_checkpoint(source: str | Path, weights: bool = True) -> Checkpoint:
         return replace(open_hf(_download(name, weights), weights), name=name.split("/")[1])
     have = ", ".join(MODEL_PACKAGES)
     raise CheckpointError(
-        f"no model {name!r}: not a directory, .gguf file, installed model ({have}) or hub id org/name"
+        f"no model {name[:100]!r}: not a directory, .gguf file, installed model ({have}) or hub id org/name"
     )
 
 
 def _open_file(path: Path) -> Checkpoint:
     if path.suffix == ".onnx":
         raise UnsupportedError(f"{path}: ONNX models are not read yet; use the HF directory or a GGUF file")
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path} is not a file; check the path")
     if path.suffix == ".gguf":
         return open_gguf(path)
     if path.suffix in (".safetensors", ".json"):
