@@ -1,0 +1,284 @@
+"""The engine: requests in, tokens out, one iteration at a time. Runs in one thread, on any executor."""
+
+import time
+from collections.abc import Iterable
+
+import numpy as np
+
+from mlcgen.errors import MlcgenError, RequestError
+from mlcgen.runtime.executor import Executor, Float32, Int32, StepInput
+from mlcgen.runtime.kv_cache import BlockTable, PagePool, slot_mapping
+from mlcgen.runtime.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from mlcgen.runtime.sampler import Sampler, SamplingParams
+from mlcgen.runtime.scheduler import Scheduler, Sequence
+from mlcgen.runtime.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
+
+__all__ = ["Engine", "Prompt"]
+
+Prompt = str | list[int]
+
+
+class Request(Sequence):
+    """A sequence with its tokens, its sampler and its text."""
+
+    def __init__(
+        self, output: RequestOutput, params: SamplingParams, stop_ids: frozenset[int], max_tokens: int
+    ) -> None:
+        super().__init__(len(output.prompt_token_ids))
+        self.output = output
+        self.params = params
+        self.stop_ids = stop_ids
+        self.max_tokens = max_tokens
+        self.tokens = list(output.prompt_token_ids)  # prompt and generated
+        self.sampler = Sampler(params, self.tokens, stop_ids)
+        self.stops = StopMatcher(params.stop_strings, params.include_stop_str_in_output)
+        self.decoder: IncrementalDecoder | None = None  # None: the text is wanted only at the end
+        self.streams = False
+
+
+class Engine:
+    """Continuous batching over an executor.
+
+    What is wrong with one request ends that request alone: its output has `finish_reason` "error" and `error`, and the
+    others go on. An exception of the executor itself passes through `step`; a later `step` tries the same work again.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: Iterable[int],
+        context_length: int,
+        max_batch: int,
+    ) -> None:
+        self.executor = executor
+        self.tokenizer = tokenizer
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.context_length = context_length
+        self.pool = PagePool(executor.num_pages)
+        self.scheduler: Scheduler[Request] = Scheduler(
+            self.pool, executor.page_size, max_batch, executor.max_tokens_per_step
+        )
+        self._requests: dict[str, Request] = {}  # unfinished
+        self._changed: list[RequestOutput] = []  # for `step` to return
+
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, stream: bool = True
+    ) -> RequestOutput:
+        """Queue a prompt (text, or token ids taken as they are) and return the output that `step` will fill.
+
+        With stream=False `step` returns it only when it has finished, and text is decoded only then. A prompt that
+        cannot be served does not raise: its output has the error. Raises RequestError if the id is in use.
+        """
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is in use; choose another or abort that request")
+        text = prompt if isinstance(prompt, str) else None
+        output = RequestOutput(request_id, text, [], [CompletionOutput()], RequestMetrics(time.monotonic()))
+        try:
+            output.prompt_token_ids = self._token_ids(prompt)
+            request = self._new_request(output, params or SamplingParams(), stream)
+            self.scheduler.add(request)
+            self._requests[request_id] = request
+        except MlcgenError as error:
+            self._end(output, "error", error)
+        return output
+
+    def abort(self, request_id: str) -> bool:
+        """End a request and free its pages; the next step returns its output. False if it has ended already."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._finish(request, "abort")
+        return request is not None
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether another `step` has something to do or to return."""
+        return bool(self._requests or self._changed)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that run or wait."""
+        return len(self._requests)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one iteration; returns the outputs that changed since the last one, finished ones included."""
+        batch, outgrown = self.scheduler.schedule()
+        for request in outgrown:
+            self._retire(request, "error", self._outgrown_error(request))
+        if batch:
+            _mark_scheduled(batch)
+            logits = self.executor.step(self._step_input(batch))  # (rows, vocab)
+            self.scheduler.advance(batch)
+            self._sample([request for request in batch if not request.num_uncomputed], logits)
+        changed, self._changed = self._changed, []
+        return changed
+
+    def _step_input(self, batch: list[Request]) -> StepInput:
+        starts = np.array([request.num_computed for request in batch], np.int32)
+        lengths = np.array([request.num_scheduled for request in batch], np.int32)
+        query_start = np.zeros(len(batch) + 1, np.int32)
+        lengths.cumsum(out=query_start[1:])
+        owner = np.arange(len(batch)).repeat(lengths)  # (tokens,) row of each token's sequence
+        positions = np.arange(query_start[-1], dtype=np.int32)
+        positions += (starts - query_start[:-1])[owner]
+        block_table = BlockTable.stack([request.table for request in batch])
+        return StepInput(
+            input_ids=_scheduled_tokens(batch),
+            positions=positions,
+            slot_mapping=slot_mapping(block_table, owner, positions, self.executor.page_size),
+            block_table=block_table,
+            seq_lens=starts + lengths,
+            query_start=query_start,
+            logit_rows=query_start[1:][[request.reaches_end for request in batch]] - np.int32(1),
+        )
+
+    def _sample(self, requests: list[Request], logits: Float32) -> None:
+        """One token for each of `requests` from `logits` (len(requests), vocab)."""
+        assert logits.shape == (len(requests), self.executor.vocab_size), logits.shape
+        now = time.monotonic()
+        best = logits.argmax(axis=1)  # (rows,); a NaN wins the argmax, so a look at the winner finds it
+        finite = np.isfinite(logits[np.arange(len(best)), best])
+        for request, row, top, ok in zip(requests, logits, best.tolist(), finite.tolist(), strict=True):
+            if ok:
+                self._append_token(request, row, top, now)
+            else:
+                self._finish(request, "error", _not_finite_error(request))
+
+    def _append_token(self, request: Request, logits: Float32, best: int, now: float) -> None:
+        token = best if request.sampler.is_argmax else request.sampler.sample(logits, best)
+        completion = request.output.outputs[0]
+        if completion.logprobs is not None:
+            completion.logprobs.append(request.sampler.logprobs(logits, best, token))
+        request.tokens.append(token)
+        request.num_tokens += 1
+        completion.token_ids.append(token)
+        if len(completion.token_ids) == 1:
+            request.output.metrics.first_token = now
+        self._check_end(request, completion, token)
+
+    def _check_end(self, request: Request, completion: CompletionOutput, token: int) -> None:
+        if token in request.stop_ids:
+            completion.stop_reason = None if token in self.eos_token_ids else token
+            return self._finish(request, "stop")
+        if request.decoder is not None:
+            _extend_text(request, completion, request.decoder.push(token))
+        if request.stops.matched is not None:
+            completion.stop_reason = request.stops.matched
+            self._finish(request, "stop")
+        elif len(completion.token_ids) >= request.max_tokens:
+            self._finish(request, "length")
+        elif request.streams:
+            self._changed.append(request.output)
+
+    def _finish(self, request: Request, reason: FinishReason, error: MlcgenError | None = None) -> None:
+        self.scheduler.remove(request)
+        self._retire(request, reason, error)
+
+    def _retire(self, request: Request, reason: FinishReason, error: MlcgenError | None = None) -> None:
+        """Complete the output of a request that the scheduler no longer has."""
+        del self._requests[request.output.request_id]
+        self._complete_text(request, request.output.outputs[0])
+        request.output.metrics.num_preemptions = request.num_preemptions
+        self._end(request.output, reason, error)
+
+    def _end(self, output: RequestOutput, reason: FinishReason, error: MlcgenError | None = None) -> None:
+        output.error = error
+        output.outputs[0].finish_reason = reason
+        output.metrics.finished = time.monotonic()
+        output.metrics.num_prompt_tokens = len(output.prompt_token_ids)
+        output.metrics.num_tokens = len(output.token_ids)
+        self._changed.append(output)
+
+    def _complete_text(self, request: Request, completion: CompletionOutput) -> None:
+        """Give out the text that was held back, or decode all of it if it was not decoded on the way."""
+        if request.decoder is not None:
+            if request.stops.matched is None:
+                completion.text += request.stops.push(request.decoder.flush()) + request.stops.flush()
+        elif self.tokenizer is not None:
+            stopped_by_token = completion.token_ids[-1:] and completion.token_ids[-1] in request.stop_ids
+            shown = completion.token_ids[:-1] if stopped_by_token else completion.token_ids
+            completion.text = self.tokenizer.decode(shown, request.params.skip_special_tokens)
+
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return _checked_token_ids(prompt, self.executor.vocab_size)
+        if self.tokenizer is None:
+            raise RequestError("the artifact has no tokenizer; give the prompt as token ids")
+        return self.tokenizer.encode(prompt)
+
+    def _new_request(self, output: RequestOutput, params: SamplingParams, stream: bool) -> Request:
+        self._check_prompt(len(output.prompt_token_ids))
+        self._check_params(params)
+        room = self.context_length - len(output.prompt_token_ids)
+        stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        request = Request(output, params, stop_ids, min(room, params.max_tokens or room))
+        if params.logprobs is not None:
+            output.outputs[0].logprobs = []
+        if self.tokenizer is not None and (stream or params.stop):
+            request.decoder = IncrementalDecoder(self.tokenizer, params.skip_special_tokens)
+        request.streams = stream
+        return request
+
+    def _check_prompt(self, num_tokens: int) -> None:
+        if not num_tokens:
+            raise RequestError("the prompt is empty; give it at least one token")
+        if num_tokens >= self.context_length:
+            raise RequestError(
+                f"the prompt has {num_tokens} tokens, which leaves no room for one more in the context of "
+                f"{self.context_length}; shorten it or compile with a larger --context-length"
+            )
+
+    def _check_params(self, params: SamplingParams) -> None:
+        if params.stop and self.tokenizer is None:
+            raise RequestError(f"stop={params.stop!r} needs a tokenizer, which the artifact lacks; use stop_token_ids")
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            outside = [token for token in ids or () if token >= self.executor.vocab_size]
+            if outside:
+                raise RequestError(f"{name} names token {outside[0]}; token ids go to {self.executor.vocab_size - 1}")
+
+    def _outgrown_error(self, request: Request) -> RequestError:
+        return RequestError(
+            f"the sequence has grown to {request.num_tokens} tokens but the KV cache holds {self.scheduler.capacity}; "
+            "lower max_tokens or raise num_pages"
+        )
+
+
+def _scheduled_tokens(batch: list[Request]) -> Int32:
+    tokens: list[int] = []
+    for request in batch:
+        tokens += request.tokens[request.num_computed : request.num_computed + request.num_scheduled]
+    return np.array(tokens, np.int32)
+
+
+def _mark_scheduled(batch: list[Request]) -> None:
+    now = time.monotonic()
+    for request in batch:
+        if request.output.metrics.scheduled is None:
+            request.output.metrics.scheduled = now
+
+
+def _extend_text(request: Request, completion: CompletionOutput, text: str) -> None:
+    may_stop = len(completion.token_ids) >= request.params.min_tokens
+    completion.text += request.stops.push(text) if may_stop else text
+
+
+def _not_finite_error(request: Request) -> RequestError:
+    return RequestError(
+        f"the model gave NaN or infinite logits after {request.num_tokens} tokens; "
+        "check the artifact with `mlcgen verify`"
+    )
+
+
+def _checked_token_ids(prompt: list[int], vocab_size: int) -> list[int]:
+    """Token ids as ints; an id outside of the vocabulary would read past the embedding table."""
+    try:
+        ids = np.asarray(prompt)
+    except ValueError as error:
+        raise RequestError(f"the prompt is neither a text nor a flat list of token ids: {error}") from error
+    if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
+        raise RequestError(f"the prompt is neither a text nor a flat list of token ids: {prompt!r:.80}")
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise RequestError(f"the prompt has token id {outside[0]}; token ids go from 0 to {vocab_size - 1}")
+    checked: list[int] = ids.tolist()
+    return checked
