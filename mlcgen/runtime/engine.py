@@ -119,8 +119,7 @@ class Engine:
         query_start = np.zeros(len(batch) + 1, np.int32)
         lengths.cumsum(out=query_start[1:])
         owner = np.arange(len(batch)).repeat(lengths)  # (tokens,) row of each token's sequence
-        positions = np.arange(query_start[-1], dtype=np.int32)
-        positions += (starts - query_start[:-1])[owner]
+        positions = np.arange(query_start[-1], dtype=np.int32) + (starts - query_start[:-1])[owner]
         block_table = BlockTable.stack([request.table for request in batch])
         return StepInput(
             input_ids=_scheduled_tokens(batch),

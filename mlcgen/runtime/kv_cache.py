@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import numpy as np
+import numpy.typing as npt
 
 from mlcgen.runtime.executor import Int32
 
@@ -96,8 +97,8 @@ class BlockTable:
         return stacked
 
 
-def slot_mapping(block_table: Int32, sequence_of_token: Int32, positions: Int32, page_size: int) -> Int32:
-    """(tokens,) int32: page * page_size + offset of each token, given its row in `block_table` and its position."""
+def slot_mapping(block_table: Int32, owner: npt.NDArray[np.intp], positions: Int32, page_size: int) -> Int32:
+    """(tokens,) int32: page * page_size + offset of each token, given its `block_table` row and position."""
     block, offset = np.divmod(positions, np.int32(page_size))
-    slots: Int32 = block_table[sequence_of_token, block] * np.int32(page_size) + offset
+    slots: Int32 = block_table[owner, block] * np.int32(page_size) + offset
     return slots

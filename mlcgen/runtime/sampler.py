@@ -11,7 +11,7 @@ import numpy.typing as npt
 from mlcgen.errors import RequestError
 from mlcgen.runtime.executor import Float32, Int32
 
-__all__ = ["Sampler", "SamplingParams", "draw_index", "top_k_ids"]
+__all__ = ["Sampler", "SamplingParams", "draw_index", "largest_reaching", "top_k_ids"]
 
 # Below this temperature the softmax is a one-hot in float32 anyway (the same bound as vLLM's).
 GREEDY_TEMPERATURE = 1e-5
@@ -191,7 +191,8 @@ class Sampler:
         if 0 < params.top_k < len(logits):
             ids = top_k_ids(logits, params.top_k)
             logits = logits[ids]
-        weights: Float32 = np.exp((logits - top) * np.float32(1 / params.temperature))  # the best token's is 1
+        with np.errstate(over="ignore"):  # to minus infinity, which is right
+            weights: Float32 = np.exp((logits - top) * np.float32(1 / params.temperature))  # the best token's is 1
         if params.min_p > 0:
             ids, weights = _keep(weights >= params.min_p, ids, weights)
         if params.top_p < 1:
@@ -243,13 +244,28 @@ def _keep(mask: npt.NDArray[np.bool_], ids: Int64 | None, weights: Float32) -> t
 
 def _nucleus(top_p: float, ids: Int64 | None, weights: Float32) -> tuple[Int64, Float32]:
     """The fewest largest weights that reach `top_p` of their sum."""
-    total = weights.sum(dtype=np.float64)
-    # All tokens below this together weigh less than 1 - top_p, so the nucleus has none of them: sort only the rest.
-    ids, weights = _keep(weights >= (1 - top_p) * total / len(weights), ids, weights)
-    order = np.argsort(-weights, kind="stable")
-    reached = np.cumsum(weights[order], dtype=np.float64).searchsorted(top_p * total)
-    kept = order[: int(reached) + 1]
+    target = top_p * float(weights.sum(dtype=np.float64))
+    # All tokens below this together weigh less than 1 - top_p, so the nucleus has none of them.
+    ids, weights = _keep(weights >= (1 - top_p) * target / top_p / len(weights), ids, weights)
+    kept = largest_reaching(weights, target)
     return ids[kept], weights[kept]
+
+
+def largest_reaching(weights: Float32, target: float) -> Int64:
+    """Indices of the fewest largest `weights` (n,), all >= 0, that add up to `target`, in no particular order.
+
+    Sorts only the bucket in which the sum reaches the target: the bit patterns of positive floats are in the order of
+    their values, so exponent and leading bits of the fraction number a bucket.
+    """
+    buckets = weights.view(np.int32) >> 18
+    cumulative = np.bincount(buckets, weights)[::-1].cumsum()  # from the bucket of the largest down
+    index = min(int(cumulative.searchsorted(target)), len(cumulative) - 1)  # rounding may miss the end
+    last = len(cumulative) - 1 - index
+    edge = np.flatnonzero(buckets == last)
+    edge = edge[np.argsort(-weights[edge], kind="stable")]
+    missing = target - (cumulative[index - 1] if index else 0.0)
+    num_edge = int(np.cumsum(weights[edge], dtype=np.float64).searchsorted(missing)) + 1
+    return np.concatenate([np.flatnonzero(buckets > last), edge[:num_edge]])
 
 
 class _SparseBias:

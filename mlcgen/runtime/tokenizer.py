@@ -144,7 +144,8 @@ class _TemplateEnvironment(ImmutableSandboxedEnvironment):
     """What Hugging Face templates expect, with a bound on loops, calls and repetition.
 
     The sandbox keeps a template from Python's internals. It does not keep it from running for ever, so each pass
-    through a loop and each call spends one of `MAX_OPERATIONS`.
+    through a loop and each call spends one of `MAX_OPERATIONS`, and operators may not build texts beyond `MAX_TEXT`.
+    (Single filters and methods can still ask for much memory; the template was chosen along with the weights.)
     """
 
     MAX_OPERATIONS = 1_000_000
@@ -155,7 +156,8 @@ class _TemplateEnvironment(ImmutableSandboxedEnvironment):
         extensions = ["jinja2.ext.loopcontrols", _GenerationBlock]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         self.filters["tojson"] = _to_json
-        self.filters["metered"] = self._metered_items
+        self.filters["metered"] = self._metered
+        self.filters["sized"] = self._sized
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda fmt: datetime.now().strftime(fmt)
         self._operations = 0
@@ -171,19 +173,23 @@ class _TemplateEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" or (operator == "*" and _repeats(left, right, self.MAX_TEXT)):
             raise SecurityError(f"operator {operator} on such operands is not allowed in a chat template")
-        result = super().call_binop(context, operator, left, right)
-        if isinstance(result, str | list | tuple) and len(result) > self.MAX_TEXT:
-            raise SecurityError(f"a chat template may not build texts over {self.MAX_TEXT} characters")
-        return result
+        return self._sized(super().call_binop(context, operator, left, right))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "metered", [], [], None, None, lineno=loop.lineno)
+        for loop in list(tree.find_all(nodes.For)):
+            loop.iter = _filtered(loop.iter, "metered")
+        for concat in list(tree.find_all(nodes.Concat)):
+            concat.nodes = [_filtered(nodes.Concat(concat.nodes), "sized")]
         tree.set_environment(self)
         return tree
 
-    def _metered_items(self, items: Iterable[Any]) -> Iterator[Any]:
+    def _sized(self, value: Any) -> Any:
+        if isinstance(value, str | list | tuple) and len(value) > self.MAX_TEXT:
+            raise SecurityError(f"a chat template may not build texts over {self.MAX_TEXT} characters")
+        return value
+
+    def _metered(self, items: Iterable[Any]) -> Iterator[Any]:
         for item in items:
             self._spend()
             yield item
@@ -218,6 +224,10 @@ class _GenerationBlock(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+def _filtered(node: Any, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None)
+
+
 def _repeats(left: Any, right: Any, limit: int) -> bool:
     """Whether left * right repeats a text or list beyond `limit`."""
     for items, count in ((left, right), (right, left)):
@@ -245,12 +255,15 @@ class IncrementalDecoder:
     """Streaming detokenization: the pieces joined equal `Tokenizer.decode` of all tokens.
 
     Decodes a short window of the last tokens, because a token's text depends on its neighbours: a character may be
-    spread over several tokens, and some decoders treat the first token of a text specially. Characters that may still
-    change are held back: a decoder shows each unfinished character as up to three U+FFFD. (One exception: a decoder
-    with byte fallback takes back characters already shown when the bytes after them turn out to be invalid UTF-8.)
+    spread over several tokens, and some decoders treat the first token of a text specially. While the text ends in
+    U+FFFD a character is unfinished, and the text is held back, for at most `PATIENCE` tokens.
+
+    One exception to equality: a decoder with byte fallback turns a whole run of bytes into U+FFFD when any of them is
+    invalid, also those that were valid characters until then and have been given out.
     """
 
-    KEEP = 6  # tokens of context left of the window's new part; a character has at most 4
+    PATIENCE = 8  # tokens; a character has at most 4, and a token seldom holds the ends of two
+    KEEP = 6  # least tokens of context to the left of what is new
     SLIDE = 16  # shorten the window when it is this long
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
@@ -258,6 +271,7 @@ class IncrementalDecoder:
         self._skip = skip_special_tokens
         self._window: list[int] = []
         self._boundary = 0  # index in the window where a character starts
+        self._num_held = 0  # tokens since the text last ended with a whole character
         self._num_sent = 0  # characters of the window's text that were given out
 
     def push(self, token_id: int) -> str:
@@ -266,11 +280,14 @@ class IncrementalDecoder:
             return ""
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window, self._skip)
-        certain = len(text) - _num_uncertain(text)
+        num_uncertain = _num_uncertain(text)
+        self._num_held = self._num_held + 1 if num_uncertain else 0
+        if 0 < self._num_held <= self.PATIENCE:
+            return ""
+        certain = len(text) - num_uncertain
         delta = text[self._num_sent : certain]
         self._num_sent = max(self._num_sent, certain)
-        if len(self._window) >= self.KEEP:
-            self._slide(is_boundary=certain == len(text))
+        self._slide(is_boundary=not num_uncertain)
         return delta
 
     def flush(self) -> str:
@@ -282,9 +299,10 @@ class IncrementalDecoder:
 
     def _slide(self, is_boundary: bool) -> None:
         """Drop the window's oldest tokens, at a place where a character starts if there is one."""
-        if is_boundary and not self._boundary:
-            self._boundary = len(self._window)
-        elif len(self._window) >= (self.SLIDE if is_boundary else 2 * self.SLIDE):
+        length = len(self._window)
+        if is_boundary and not self._boundary and length >= self.KEEP:
+            self._boundary = length
+        elif length >= (self.SLIDE if is_boundary else 2 * self.SLIDE):
             self._window = self._window[self._boundary or -self.KEEP :]
             text = self._tokenizer.decode(self._window, self._skip)
             self._num_sent = len(text) - _num_uncertain(text)
@@ -292,7 +310,7 @@ class IncrementalDecoder:
 
 
 def _num_uncertain(text: str) -> int:
-    """Characters at the end that the next token may change."""
+    """Characters at the end that the next token may change: a decoder shows a character's 1 to 3 bytes so far."""
     tail = text[-3:]
     return len(tail) - len(tail.rstrip("\ufffd"))
 

@@ -1,0 +1,604 @@
+"""The engine on a real, tiny model that attends through its pages: whatever the schedule, the tokens are the same."""
+
+import asyncio
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlcgen.errors import MlcgenError, RequestError
+from mlcgen.runtime import llm as llm_module
+from mlcgen.runtime.engine import Engine
+from mlcgen.runtime.executor import Float32, StepInput
+from mlcgen.runtime.llm import LLM, AsyncEngine
+from mlcgen.runtime.outputs import Delta, RequestOutput
+from mlcgen.runtime.sampler import SamplingParams
+from mlcgen.runtime.tokenizer import Tokenizer
+
+VOCAB, HEADS, HEAD_DIM, CONTEXT = 300, 2, 8, 200
+WIDTH = HEADS * HEAD_DIM
+
+
+class NumpyExecutor:
+    """One attention layer over pages, row by row so that a token's logits do not depend on the batch's shape.
+
+    Pages start as NaN: a key that is read before it is written, or from a wrong page, does not go unnoticed.
+    """
+
+    vocab_size = VOCAB
+
+    def __init__(self, num_pages: int = 64, page_size: int = 4, max_tokens_per_step: int = 64) -> None:
+        self.num_pages, self.page_size, self.max_tokens_per_step = num_pages, page_size, max_tokens_per_step
+        random = np.random.default_rng(0)
+        self.embedding = random.standard_normal((VOCAB, WIDTH))
+        self.position = random.standard_normal((CONTEXT, WIDTH))
+        self.qkv = random.standard_normal((3, WIDTH, HEADS, HEAD_DIM)) / WIDTH**0.5
+        self.head = random.standard_normal((WIDTH, VOCAB))
+        self.pages = np.full((num_pages, 2, HEADS, page_size, HEAD_DIM), np.nan)
+        self.poisoned_token: int | None = None
+        self.fail_next = False
+        self.num_steps = 0
+        self.threads: set[int] = set()
+        self.before_step: Callable[[], None] = lambda: None
+
+    def step(self, batch: StepInput) -> Float32:
+        self.before_step()
+        self.num_steps += 1
+        self.threads.add(threading.get_ident())
+        self.check(batch)
+        if self.fail_next:
+            self.fail_next = False
+            raise RuntimeError("out of device memory")
+        hidden = np.concatenate([self.attend(batch, s) for s in range(len(batch.seq_lens))])
+        logits = (hidden[batch.logit_rows, None] @ self.head)[:, 0]
+        if self.poisoned_token is not None:
+            logits[batch.input_ids[batch.logit_rows] == self.poisoned_token, 5] = np.nan
+        return logits.astype(np.float32)
+
+    def attend(self, batch: StepInput, s: int) -> Any:
+        rows = range(batch.query_start[s], batch.query_start[s + 1])
+        return np.array([self.attend_row(batch, s, row) for row in rows])
+
+    def attend_row(self, batch: StepInput, s: int, row: int) -> Any:
+        position = batch.positions[row]
+        x = self.embedding[batch.input_ids[row]] + self.position[position]
+        q, k, v = np.einsum("d,adhe->ahe", x, self.qkv)  # (heads, head_dim)
+        page, offset = divmod(int(batch.slot_mapping[row]), self.page_size)
+        self.pages[page, 0, :, offset], self.pages[page, 1, :, offset] = k, v
+        blocks = self.pages[batch.block_table[s]]  # (blocks, 2, heads, page_size, head_dim)
+        keys, values = blocks.transpose(1, 2, 0, 3, 4).reshape(2, HEADS, -1, HEAD_DIM)[:, :, : position + 1]
+        scores = np.einsum("he,hte->ht", q, keys)
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        out = np.einsum("ht,hte->he", weights / weights.sum(1, keepdims=True), values)
+        return x + 3 * out.reshape(WIDTH)
+
+    def check(self, batch: StepInput) -> None:
+        num_tokens, num_seqs = len(batch.input_ids), len(batch.seq_lens)
+        assert all(array.dtype == np.int32 and array.flags.c_contiguous for array in vars(batch).values())
+        assert batch.positions.shape == batch.slot_mapping.shape == (num_tokens,)
+        assert batch.query_start.shape == (num_seqs + 1,)
+        assert batch.query_start[0] == 0
+        assert batch.query_start[-1] == num_tokens <= self.max_tokens_per_step
+        assert (np.diff(batch.query_start) > 0).all()
+        assert len(set(batch.slot_mapping.tolist())) == num_tokens
+        assert batch.slot_mapping.max() < self.num_pages * self.page_size
+        last = batch.query_start[1:] - 1
+        assert (batch.positions[last] + 1 == batch.seq_lens).all()
+        assert set(batch.logit_rows.tolist()) <= set(last.tolist())
+        for s in range(num_seqs):
+            assert (np.diff(batch.positions[batch.query_start[s] : batch.query_start[s + 1]]) == 1).all()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE())
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCAB, initial_alphabet=alphabet, special_tokens=["<eos>"], show_progress=False
+    )
+    hf.train_from_iterator(["the quick brown fox jumps over the lazy dog and the model goes on and on"] * 3, trainer)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    hf.save(str(path))
+    return Tokenizer(
+        path, {"eos_token": "<eos>", "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
+    )
+
+
+def greedy(max_tokens: int | None = 12, **params: Any) -> SamplingParams:
+    params = {"temperature": 0.0, "ignore_eos": True} | params
+    return SamplingParams(max_tokens=max_tokens, **params)
+
+
+def make_engine(
+    tokenizer: Tokenizer | None = None, *, max_batch: int = 8, executor: Any = None, **options: int
+) -> Engine:
+    return Engine(executor or NumpyExecutor(**options), tokenizer, [0], CONTEXT, max_batch)
+
+
+def run(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> list[RequestOutput]:
+    outputs = [engine.add_request(str(i), prompt, params) for i, (prompt, params) in enumerate(requests)]
+    for _ in range(5000):
+        if not engine.has_unfinished:
+            break
+        engine.step()
+    assert all(output.finished for output in outputs)
+    assert engine.pool.num_free == engine.pool.num_pages
+    return outputs
+
+
+def run_alone(requests: list[tuple[list[int], SamplingParams]]) -> list[list[int]]:
+    return [run(make_engine(), [request])[0].token_ids for request in requests]
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    ids: list[int] = np.random.default_rng([length, seed]).integers(1, VOCAB, length).tolist()
+    return ids
+
+
+MIXED = [(prompt_of(length), greedy(wanted)) for length, wanted in ((3, 20), (17, 4), (1, 9), (40, 12), (8, 30))]
+
+
+def test_the_model_depends_on_every_token_it_attends_to() -> None:
+    """Else the tests below would prove nothing."""
+    base = prompt_of(30)
+    tokens = run_alone([(base, greedy(20))])[0]
+    assert len(set(tokens)) > 5
+    for i in (0, 10, 25):
+        changed = [*base[:i], (base[i] + 1) % VOCAB, *base[i + 1 :]]
+        assert run_alone([(changed, greedy(20))])[0] != tokens
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16, 256])
+def test_batched_equals_alone(page_size: int) -> None:
+    outputs = run(make_engine(page_size=page_size, num_pages=400 // page_size + 5), MIXED)
+    assert [output.token_ids for output in outputs] == run_alone(MIXED)
+    assert {output.finish_reason for output in outputs} == {"length"}
+
+
+@pytest.mark.parametrize("budget", [1, 3, 7])
+def test_chunked_equals_unchunked(budget: int) -> None:
+    outputs = run(make_engine(max_tokens_per_step=budget), MIXED)
+    assert [output.token_ids for output in outputs] == run_alone(MIXED)
+
+
+@pytest.mark.parametrize(("page_size", "num_pages"), [(4, 14), (1, 54), (7, 8)])
+def test_preempted_equals_undisturbed(page_size: int, num_pages: int) -> None:
+    outputs = run(make_engine(page_size=page_size, num_pages=num_pages), MIXED)
+    assert [output.token_ids for output in outputs] == run_alone(MIXED)
+    assert sum(output.metrics.num_preemptions for output in outputs) > 0
+
+
+def test_a_small_batch_makes_the_others_wait_their_turn() -> None:
+    outputs = run(make_engine(max_batch=2), MIXED)
+    assert [output.token_ids for output in outputs] == run_alone(MIXED)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20)), min_size=1, max_size=5),
+    page_size=st.integers(1, 40),
+    spare=st.integers(0, 4),
+    budget=st.integers(1, 40),
+    max_batch=st.integers(1, 5),
+)
+def test_any_schedule_gives_the_same_tokens(
+    lengths: list[tuple[int, int]], page_size: int, spare: int, budget: int, max_batch: int
+) -> None:
+    requests = [(prompt_of(length, i), greedy(wanted)) for i, (length, wanted) in enumerate(lengths)]
+    num_pages = max(-(-sum(pair) // page_size) for pair in lengths) + spare
+    engine = make_engine(max_batch=max_batch, page_size=page_size, num_pages=num_pages, max_tokens_per_step=budget)
+    assert [output.token_ids for output in run(engine, requests)] == run_alone(requests)
+
+
+def test_a_seed_gives_the_same_tokens_in_any_batch() -> None:
+    requests = [
+        (prompt, SamplingParams(max_tokens=15, seed=i, temperature=0.9, top_k=40, top_p=0.9, ignore_eos=True))
+        for i, (prompt, _) in enumerate(MIXED)
+    ]
+    expected = run_alone(requests)
+    assert [output.token_ids for output in run(make_engine(num_pages=16), requests)] == expected
+    mixed = run(make_engine(), [request for pair in zip(MIXED, requests, strict=True) for request in pair])
+    assert [output.token_ids for output in mixed[1::2]] == expected
+
+
+def test_arrivals_while_others_run() -> None:
+    engine = make_engine()
+    outputs = []
+    for i, (prompt, params) in enumerate(MIXED):
+        outputs.append(engine.add_request(str(i), prompt, params))
+        engine.step()
+        engine.step()
+    while engine.has_unfinished:
+        engine.step()
+    assert [output.token_ids for output in outputs] == run_alone(MIXED)
+
+
+def test_abort_frees_pages_and_leaves_the_others_alone() -> None:
+    engine = make_engine()
+    outputs = [engine.add_request(str(i), prompt, params) for i, (prompt, params) in enumerate(MIXED)]
+    engine.step()
+    engine.step()
+    assert engine.abort("3")
+    assert not engine.abort("3")
+    assert not engine.abort("unknown")
+    assert outputs[3] in engine.step()
+    assert outputs[3].finish_reason == "abort"
+    while engine.has_unfinished:
+        engine.step()
+    expected = run_alone(MIXED)
+    assert [output.token_ids for output in outputs[:3] + outputs[4:]] == expected[:3] + expected[4:]
+    assert engine.pool.num_free == engine.pool.num_pages
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "prompt is empty"),
+        ([1] * CONTEXT, {}, f"{CONTEXT} tokens, which leaves no room"),
+        ([1] * 60, {}, "KV cache holds 40"),
+        ([VOCAB], {}, f"token id {VOCAB}; token ids go from 0 to {VOCAB - 1}"),
+        ([-1], {}, "token id -1"),
+        ([1.5], {}, "neither a text nor a flat list"),
+        ([[1]], {}, "neither a text nor a flat list"),
+        ([True], {}, "neither a text nor a flat list"),
+        ([2**70], {}, "neither a text nor a flat list"),
+        (None, {}, "neither a text nor a flat list"),
+        ("text", {}, "no tokenizer"),
+        ([1], {"stop": "x"}, "needs a tokenizer"),
+        ([1], {"logit_bias": {VOCAB: 1.0}}, f"logit_bias names token {VOCAB}"),
+        ([1], {"stop_token_ids": [VOCAB]}, f"stop_token_ids names token {VOCAB}"),
+    ],
+)
+def test_a_bad_request_fails_alone(prompt: Any, params: dict[str, Any], message: str) -> None:
+    engine = make_engine(num_pages=10)
+    good, bad = run(engine, [MIXED[0], (prompt, greedy(**params))])
+    assert isinstance(bad.error, RequestError)
+    assert message in str(bad.error)
+    assert (bad.finish_reason, bad.token_ids) == ("error", [])
+    assert good.token_ids == run_alone(MIXED[:1])[0]
+
+
+def test_a_request_id_in_use_is_refused() -> None:
+    engine = make_engine()
+    engine.add_request("a", [1])
+    with pytest.raises(RequestError, match="'a' is in use"):
+        engine.add_request("a", [1])
+
+
+def test_the_context_ends_a_sequence() -> None:
+    output = run(make_engine(), [(prompt_of(CONTEXT - 5), greedy(None))])[0]
+    assert output.finish_reason == "length"
+    assert len(output.token_ids) == 5
+    assert len(run(make_engine(), [(prompt_of(CONTEXT - 1), greedy(50))])[0].token_ids) == 1
+
+
+def test_a_sequence_that_outgrows_the_pool_fails_with_what_it_has() -> None:
+    good, bad = run(make_engine(num_pages=5), [(prompt_of(2), greedy(4)), (prompt_of(3), greedy(100))])
+    assert good.finish_reason == "length"
+    assert bad.finish_reason == "error"
+    assert "grown to 21 tokens but the KV cache holds 20" in str(bad.error)
+    assert bad.token_ids == run_alone([(prompt_of(3), greedy(18))])[0]
+
+
+def test_nan_logits_fail_that_request_alone() -> None:
+    executor, expected = NumpyExecutor(), run_alone(MIXED)
+    used = {token for (prompt, _), tokens in zip(MIXED, expected, strict=True) for token in prompt + tokens}
+    executor.poisoned_token = min(set(range(VOCAB)) - used)
+    requests = [*MIXED, ([*prompt_of(6), executor.poisoned_token], greedy())]
+    outputs = run(make_engine(executor=executor), requests)
+    assert "NaN" in str(outputs[-1].error)
+    assert [output.token_ids for output in outputs[:-1]] == expected
+
+
+def test_an_executor_failure_passes_through_and_loses_nothing() -> None:
+    engine = make_engine()
+    outputs = [engine.add_request(str(i), prompt, params) for i, (prompt, params) in enumerate(MIXED)]
+    engine.step()
+    engine.executor.fail_next = True  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="out of device memory"):
+        engine.step()
+    while engine.has_unfinished:
+        engine.step()
+    assert [output.token_ids for output in outputs] == run_alone(MIXED)
+
+
+def test_stop_token_ids_and_end_of_sequence() -> None:
+    prompt = prompt_of(5)
+    tokens = run_alone([(prompt, greedy(20))])[0]
+    stop = next(token for i, token in enumerate(tokens) if i > 3 and token not in tokens[:i])
+    end = tokens.index(stop) + 1
+    by_id = run(make_engine(), [(prompt, greedy(20, stop_token_ids=[stop]))])[0]
+    assert (by_id.token_ids, by_id.finish_reason) == (tokens[:end], "stop")
+    assert by_id.outputs[0].stop_reason == stop
+    engine = Engine(NumpyExecutor(), None, [stop], CONTEXT, 4)
+    by_eos, ignoring = run(engine, [(prompt, greedy(20, ignore_eos=False)), (prompt, greedy(20))])
+    assert (by_eos.token_ids, by_eos.finish_reason) == (tokens[:end], "stop")
+    assert by_eos.outputs[0].stop_reason is None
+    assert ignoring.token_ids == tokens
+
+
+def test_min_tokens_puts_off_the_stop() -> None:
+    prompt = prompt_of(5)
+    first = run_alone([(prompt, greedy(1))])[0][0]
+    output = run(make_engine(), [(prompt, greedy(8, stop_token_ids=[first], min_tokens=4))])[0]
+    assert first not in output.token_ids[:4]
+    assert len(output.token_ids) >= 4
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_text_is_that_of_the_tokens(tokenizer: Tokenizer, stream: bool) -> None:
+    engine = make_engine(tokenizer)
+    output = engine.add_request("a", "the quick fox", greedy(60), stream=stream)
+    seen = [output.text for _ in range(100) if engine.step()]
+    assert output.finished
+    assert output.text == tokenizer.decode(output.token_ids)
+    assert all(output.text.startswith(text) for text in seen)
+    assert len(seen) == (60 if stream else 1)
+    assert output.prompt_token_ids == tokenizer.encode("the quick fox")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("include", [True, False])
+def test_stop_strings_cut_the_text(tokenizer: Tokenizer, stream: bool, include: bool) -> None:
+    full = run(make_engine(tokenizer), [("the quick fox", greedy(60))])[0].text  # type: ignore[list-item]
+    stop = full[20:25]  # spans tokens: most of this model's tokens are single characters
+    engine = make_engine(tokenizer)
+    params = greedy(60, stop=["never there", stop], include_stop_str_in_output=include)
+    output = engine.add_request("a", "the quick fox", params, stream=stream)
+    while engine.has_unfinished:
+        engine.step()
+        assert include or stop[:3] not in output.text[full.index(stop) :]
+    assert output.text == full[: full.index(stop)] + (stop if include else "")
+    assert (output.finish_reason, output.outputs[0].stop_reason) == ("stop", stop)
+
+
+def test_logprobs_come_per_token() -> None:
+    output = run(make_engine(), [(prompt_of(4), greedy(6, logprobs=3))])[0]
+    logprobs = output.outputs[0].logprobs
+    assert logprobs is not None
+    assert [next(iter(best)) for best in logprobs] == output.token_ids
+    assert {len(best) for best in logprobs} == {3}
+    total = output.outputs[0].cumulative_logprob
+    assert total is not None
+    assert total < 0
+
+
+def test_metrics_are_in_order() -> None:
+    metrics = run(make_engine(), [(prompt_of(4), greedy(6))])[0].metrics
+    assert metrics.scheduled is not None
+    assert metrics.first_token is not None
+    assert metrics.finished is not None
+    assert metrics.arrival <= metrics.scheduled <= metrics.first_token <= metrics.finished
+    assert metrics.ttft_ms is not None
+    assert metrics.prefill_tokens_per_s is not None
+    assert metrics.decode_tokens_per_s is not None
+    assert run(make_engine(), [(prompt_of(4), greedy(1))])[0].metrics.decode_tokens_per_s is None
+
+
+def test_greedy_requests_copy_no_logits() -> None:
+    class Wide(NumpyExecutor):
+        vocab_size = 4_000_000
+        logits = np.zeros((1, vocab_size), np.float32)
+
+        def step(self, batch: StepInput) -> Float32:
+            return self.logits
+
+    engine = make_engine(executor=Wide())
+    engine.add_request("a", [1], greedy(100))
+    engine.step()
+    tracemalloc.start()
+    for _ in range(5):
+        engine.step()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000
+
+
+# The public classes, with the loader replaced by one that gives the tiny model.
+
+
+@pytest.fixture
+def loaded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Engine]]:
+    engines: list[Engine] = []
+
+    def load(path: Path, target: str, num_pages: int | None, max_batch: int | None, num_threads: int | None) -> Engine:
+        if path == Path("broken"):
+            raise MlcgenError("no such artifact")
+        engines.append(make_engine(tokenizer, num_pages=num_pages or 64, max_batch=max_batch or 8))
+        return engines[-1]
+
+    monkeypatch.setattr(llm_module, "load_engine", load)
+    yield engines
+    for engine in engines:
+        assert engine.pool.num_free == engine.pool.num_pages
+
+
+TEXTS = ["the quick", "brown fox jumps over", "dog"]
+
+
+def test_generate_keeps_the_order(loaded: list[Engine], tokenizer: Tokenizer) -> None:
+    llm = LLM("anywhere", max_batch=2)
+    outputs = llm.generate(TEXTS, [greedy(20), greedy(3), greedy(7)])
+    assert [output.prompt for output in outputs] == TEXTS
+    assert [len(output.token_ids) for output in outputs] == [20, 3, 7]
+    ids = [tokenizer.encode(text) for text in TEXTS]
+    assert [o.token_ids for o in llm.generate(ids, greedy(20))] == [
+        o.token_ids for o in llm.generate(TEXTS, greedy(20))
+    ]
+    assert llm.generate(ids[0], greedy(20))[0].text == llm.generate(TEXTS[0], greedy(20))[0].text == outputs[0].text
+    assert llm.generate([]) == []
+
+
+def test_generate_reports_a_bad_prompt_in_place(loaded: list[Engine]) -> None:
+    good, bad = LLM("anywhere").generate(["fine", ""], greedy(4))
+    assert good.error is None
+    assert isinstance(bad.error, RequestError)
+    assert bad.finish_reason == "error"
+
+
+def test_generate_wants_as_many_params_as_prompts(loaded: list[Engine]) -> None:
+    with pytest.raises(RequestError, match="2 SamplingParams for 3 prompts"):
+        LLM("anywhere").generate(TEXTS, [greedy(), greedy()])
+
+
+def test_generate_cleans_up_after_a_device_failure(loaded: list[Engine]) -> None:
+    llm = LLM("anywhere")
+    llm.engine.executor.fail_next = True  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError):
+        llm.generate(TEXTS, greedy(4))
+    assert [len(output.token_ids) for output in llm.generate(TEXTS, greedy(4))] == [4, 4, 4]
+
+
+def test_stream_adds_up_to_generate(loaded: list[Engine]) -> None:
+    llm = LLM("anywhere")
+    whole = llm.generate(TEXTS[0], greedy(30))[0]
+    deltas = list(llm.stream(TEXTS[0], greedy(30)))
+    assert "".join(delta.text for delta in deltas) == whole.text
+    assert [token for delta in deltas for token in delta.token_ids] == whole.token_ids
+    assert [delta.finish_reason for delta in deltas] == [None] * 29 + ["length"]
+    assert deltas[-1].output is not None
+
+
+def test_streams_interleave_and_leaving_one_aborts_it(loaded: list[Engine]) -> None:
+    llm = LLM("anywhere")
+    first, second = llm.stream(TEXTS[0], greedy(30)), llm.stream(TEXTS[1], greedy(30))
+    next(first)
+    text = next(second).text
+    first.close()  # type: ignore[attr-defined]
+    text += "".join(delta.text for delta in second)
+    assert text == llm.generate(TEXTS[1], greedy(30))[0].text
+
+
+def test_stream_raises_the_requests_error(loaded: list[Engine]) -> None:
+    with pytest.raises(RequestError, match="prompt is empty"):
+        list(LLM("anywhere").stream(""))
+
+
+def test_chat_renders_the_template(loaded: list[Engine], tokenizer: Tokenizer) -> None:
+    llm = LLM("anywhere")
+    output = llm.chat([{"role": "user", "content": "the dog"}], greedy(4))[0]
+    assert output.prompt_token_ids == tokenizer.encode("the dog")
+    assert len(llm.chat([[{"role": "user", "content": text}] for text in TEXTS], greedy(4))) == 3
+
+
+async def collect(deltas: Any) -> list[Delta]:
+    return [delta async for delta in deltas]
+
+
+def test_async_streams_run_together_in_one_thread(loaded: list[Engine]) -> None:
+    expected = LLM("anywhere").generate(TEXTS * 3, greedy(20))
+
+    async def main(engine: AsyncEngine) -> list[list[Delta]]:
+        return await asyncio.gather(*(collect(engine.stream(text, greedy(20))) for text in TEXTS * 3))
+
+    with AsyncEngine("anywhere") as engine:
+        streams = asyncio.run(main(engine))
+    assert ["".join(delta.text for delta in deltas) for deltas in streams] == [output.text for output in expected]
+    executor: Any = loaded[-1].executor
+    assert executor.threads != {threading.get_ident()}
+    assert len(executor.threads) == 1
+    assert executor.num_steps < 9 * 20  # batched
+
+
+def test_async_generate(loaded: list[Engine]) -> None:
+    async def main() -> None:
+        async with AsyncEngine("anywhere") as engine:
+            output = await engine.generate(TEXTS[0], greedy(20))
+            assert output.text == LLM("anywhere").generate(TEXTS[0], greedy(20))[0].text
+            with pytest.raises(RequestError, match="prompt is empty"):
+                await engine.generate("")
+
+    asyncio.run(main())
+
+
+def test_cancelling_a_stream_frees_its_pages(loaded: list[Engine]) -> None:
+    async def main(engine: AsyncEngine) -> None:
+        started = asyncio.Event()
+
+        async def consume() -> None:
+            async for _ in engine.stream(TEXTS[0], greedy(None)):
+                started.set()
+
+        task = asyncio.create_task(consume())
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        output = await engine.generate(TEXTS[1], greedy(5))  # runs after the abort, for commands are in order
+        assert len(output.token_ids) == 5
+        assert loaded[0].num_unfinished == 0
+        assert loaded[0].pool.num_free == loaded[0].pool.num_pages
+
+    with AsyncEngine("anywhere") as engine:
+        loaded[0].executor.before_step = lambda: threading.Event().wait(0.002)  # type: ignore[attr-defined]
+        asyncio.run(main(engine))
+
+
+def test_abort_by_id_ends_the_stream(loaded: list[Engine]) -> None:
+    async def main(engine: AsyncEngine) -> list[Delta]:
+        deltas = []
+        async for delta in engine.stream(TEXTS[0], greedy(None), request_id="mine"):
+            deltas.append(delta)
+            engine.abort("mine")
+            engine.abort("not mine")
+        return deltas
+
+    with AsyncEngine("anywhere") as engine:
+        loaded[0].executor.before_step = lambda: threading.Event().wait(0.002)  # type: ignore[attr-defined]
+        deltas = asyncio.run(main(engine))
+    assert deltas[-1].finish_reason == "abort"
+
+
+def test_a_request_id_in_use_fails_the_newcomer(loaded: list[Engine]) -> None:
+    async def main(engine: AsyncEngine) -> None:
+        first = asyncio.create_task(collect(engine.stream(TEXTS[0], greedy(20), request_id="a")))
+        await asyncio.sleep(0)
+        with pytest.raises(RequestError, match="'a' is in use"):
+            await collect(engine.stream(TEXTS[0], greedy(20), request_id="a"))
+        assert (await first)[-1].finish_reason == "length"
+
+    with AsyncEngine("anywhere") as engine:
+        loaded[0].executor.before_step = lambda: threading.Event().wait(0.002)  # type: ignore[attr-defined]
+        asyncio.run(main(engine))
+
+
+def test_a_device_failure_reaches_every_stream_and_the_engine_goes_on(loaded: list[Engine]) -> None:
+    async def main(engine: AsyncEngine) -> None:
+        loaded[0].executor.fail_next = True  # type: ignore[attr-defined]
+        with pytest.raises(MlcgenError, match="out of device memory"):
+            await collect(engine.stream(TEXTS[0], greedy(5)))
+        assert len((await engine.generate(TEXTS[0], greedy(5))).token_ids) == 5
+
+    with AsyncEngine("anywhere") as engine:
+        asyncio.run(main(engine))
+
+
+def test_close_ends_what_runs_and_refuses_what_comes(loaded: list[Engine]) -> None:
+    async def main(engine: AsyncEngine) -> list[Delta]:
+        stream = engine.stream(TEXTS[0], greedy(None))
+        deltas = [await anext(stream)]
+        await asyncio.to_thread(engine.close)
+        deltas += await collect(stream)
+        with pytest.raises(MlcgenError, match="closed"):
+            await collect(engine.stream(TEXTS[0]))
+        return deltas
+
+    engine = AsyncEngine("anywhere")
+    loaded[0].executor.before_step = lambda: threading.Event().wait(0.002)  # type: ignore[attr-defined]
+    deltas = asyncio.run(main(engine))
+    assert deltas[-1].finish_reason == "abort"
+    engine.close()
+
+
+def test_loading_errors_reach_the_caller(loaded: list[Engine]) -> None:
+    with pytest.raises(MlcgenError, match="no such artifact"):
+        AsyncEngine(Path("broken"))
