@@ -10,6 +10,7 @@ Few tasks with a long context are split over the keys; a second pass then combin
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import gcd
 
 from tvm import tirx
@@ -28,6 +29,7 @@ from .vector import (
     exp,
     i64,
     kernel,
+    largest_divisor,
     load,
     load_f32,
     reduce_max,
@@ -38,6 +40,7 @@ from .vector import (
     view,
 )
 
+LANES = 16  # where a vector need not be as long as the machine's
 LOWEST = -1e30  # a score that no key has; finite, because TVM compiles with fast-math flags
 KEY_BLOCK = 64  # keys staged at a time for many rows
 SCORE_BLOCK = 256  # keys scored at a time for few rows
@@ -127,6 +130,16 @@ class _Shape:
         return self.isa.lanes
 
     @property
+    def vectors(self) -> int:
+        """Vectors of a head."""
+        return self.head_dim // self.lanes
+
+    @property
+    def heads(self) -> int:
+        """Query heads that a decoding token handles together."""
+        return largest_divisor(self.group, 7)
+
+    @property
     def tile_rows(self) -> int:
         return tile_rows(self.isa, 2)
 
@@ -190,8 +203,8 @@ class _Output:
         self.tops = T.alloc_buffer((parts,), "float32")
         self.sums = T.alloc_buffer((parts,), "float32")  # sum of exp(score - top); 0: no key in this split
 
-    def write(self, split: Expr, token: Expr, head: Expr, top: Expr, total: Expr, row: Callable[[int], Expr]) -> None:
-        """row(i): the vector of the unnormalized output that begins at i."""
+    def write(self, split: Expr, token: Expr, head: Expr, top: Expr, total: Expr, row: Callable[..., Expr]) -> None:
+        """row(i, lanes=…): the unnormalized output from column i."""
         with T.If(self.num_splits == 1):
             with T.Then():
                 factor = bind(T.float32(1.0) / total)
@@ -203,10 +216,9 @@ class _Output:
                 with T.If(total > T.float32(0.0)), T.Then():
                     self._store(self.parts, row, T.float32(1.0), part)
 
-    def _store(self, buffer: Buffer, row: Callable[[int], Expr], factor: Expr, *index: Expr) -> None:
-        lanes = int(row(0).ty.dtype.lanes)
-        for i in range(0, self.head_dim, lanes):
-            store(buffer, row(i) * splat(factor, lanes), *index, i64(i))
+    def _store(self, buffer: Buffer, row: Callable[..., Expr], factor: Expr, *index: Expr) -> None:
+        with T.serial(i64(self.head_dim // LANES)) as v:
+            store(buffer, row(v * LANES, lanes=LANES) * splat(factor, LANES), *index, v * LANES)
 
     def combine(self) -> None:
         with T.If(self.num_splits > 1), T.Then(), T.parallel(self.rows) as row:
@@ -216,18 +228,19 @@ class _Output:
         top, total = Register(T.float32(LOWEST)), Register(T.float32(0.0))
         with T.serial(self.num_splits) as split:
             top.set(tirx.max(top.get(), load(self.tops, split * self.rows + row)))
-        sums = [Register(splat(0.0, 16)) for _ in range(self.head_dim // 16)]
+        sums = [Register(splat(0.0, LANES)) for _ in range(self.head_dim // LANES)]
         with T.serial(self.num_splits) as split:
             part = bind(split * self.rows + row)
             with T.If(load(self.sums, part) > T.float32(0.0)), T.Then():
-                weight = bind(exp(load(self.tops, part) - top.get()))
+                weight = exp(load(self.tops, part) - top.get())
                 total.set(total.get() + load(self.sums, part) * weight)
                 for i, register in enumerate(sums):
-                    register.set(register.get() + splat(weight, 16) * load(self.parts, part, i * 16, lanes=16))
+                    partial_row = load(self.parts, part, i * LANES, lanes=LANES)
+                    register.set(register.get() + splat(weight, LANES) * partial_row)
         factor = bind(T.float32(1.0) / total.get())
         for i, register in enumerate(sums):
-            value = register.get() * splat(factor, 16)
-            store(self.out, value, row // self.num_heads, row % self.num_heads, i64(i * 16))
+            value = register.get() * splat(factor, LANES)
+            store(self.out, value, row // self.num_heads, row % self.num_heads, i64(i * LANES))
 
 
 @dataclass(frozen=True)
@@ -248,8 +261,9 @@ class _Segment:
     def attend(self, start: Expr, end: Expr) -> None:
         few_tokens = max(1, 7 // self.shape.group)
         with T.If(end - start <= few_tokens):
-            with T.Then(), T.serial(end - start) as t:
-                _Decode(self, bind(start + t)).attend()
+            with T.Then(), T.serial(end - start) as t, T.serial(i64(self.shape.group // self.shape.heads)) as chunk:
+                first_head = bind(self.query_head(chunk * self.shape.heads))
+                _Decode(self, bind(start + t), first_head).attend()
             with T.Else():
                 _Prefill(self, start, end).attend()
 
@@ -268,21 +282,23 @@ class _Segment:
 
 
 class _Decode:
-    """All query heads of one kv head, for one token."""
+    """Some query heads of one kv head, for one token. scores and weights: (heads, SCORE_BLOCK); outputs: (heads, D)."""
 
-    def __init__(self, segment: _Segment, token: Expr) -> None:
-        self.segment, self.shape, self.cache, self.token = segment, segment.shape, segment.cache, token
+    def __init__(self, segment: _Segment, token: Expr, first_head: Expr) -> None:
+        self.segment, self.shape, self.cache = segment, segment.shape, segment.cache
+        self.token, self.first_head = token, first_head
         self.first, self.end = segment.key_range(token, token)
+        self.heads = range(self.shape.heads)
 
     def attend(self) -> None:
-        group, head_dim, lanes = self.shape.group, self.shape.head_dim, self.shape.lanes
-        scores = T.alloc_buffer((i64(group), i64(SCORE_BLOCK)), "float32")
-        outputs = T.alloc_buffer((i64(group), i64(head_dim)), "float32")
-        tops = [Register(T.float32(LOWEST)) for _ in range(group)]
-        totals = [Register(T.float32(0.0)) for _ in range(group)]
-        for g in range(group):
-            for i in range(0, head_dim, lanes):
-                store(outputs, splat(0.0, lanes), g, i)
+        lanes = self.shape.lanes
+        scores = T.alloc_buffer((i64(len(self.heads)), i64(SCORE_BLOCK)), "float32")
+        outputs = T.alloc_buffer((i64(len(self.heads)), i64(self.shape.head_dim)), "float32")
+        tops = [Register(T.float32(LOWEST)) for _ in self.heads]
+        totals = [Register(T.float32(0.0)) for _ in self.heads]
+        with T.serial(i64(self.shape.vectors)) as v:
+            for h in self.heads:
+                store(outputs, splat(0.0, lanes), h, v * lanes)
         with T.If(self.first < self.end), T.Then():
             aligned = bind(self.first // lanes * lanes)
             with T.serial(ceildiv(self.end - aligned, SCORE_BLOCK)) as block:
@@ -290,32 +306,27 @@ class _Decode:
                 stop = bind(tirx.min(start + SCORE_BLOCK, self.end))
                 block_tops = self._score(scores, start, stop)
                 shrinks = [
-                    self._exponentiate(scores, g, start, stop, block_tops[g], tops[g], totals[g]) for g in range(group)
+                    self._exponentiate(scores, h, start, stop, block_tops[h], tops[h], totals[h]) for h in self.heads
                 ]
                 self._add_values(scores, outputs, shrinks, start, stop)
-        for g in range(group):
+        for h in self.heads:
+            row = partial(load, outputs, h)
             self.segment.output.write(
-                self.segment.split,
-                self.token,
-                self.segment.query_head(g),
-                tops[g].get(),
-                totals[g].get(),
-                lambda i, g=g: load(outputs, g, i, lanes=lanes),
+                self.segment.split, self.token, self.first_head + h, tops[h].get(), totals[h].get(), row
             )
 
     def _score(self, scores: Buffer, start: Expr, stop: Expr) -> list[Register]:
-        """scores[g, i] = scale * q[g] . key[start + i], LOWEST outside the range; returns the maxima per lane."""
-        lanes, group = self.shape.lanes, self.shape.group
-        tops = [Register(splat(LOWEST, lanes)) for _ in range(group)]
+        """scores[h, i] = scale * q[h] . key[start + i], LOWEST outside the range; returns the maxima per lane."""
+        lanes = self.shape.lanes
+        tops = [Register(splat(LOWEST, lanes)) for _ in self.heads]
         with T.serial(ceildiv(stop - start, lanes)) as block:
             first = bind(start + block * lanes)
-            cells = self.cache.keys(self.segment.seq, self.segment.head, first, stop)
             valid = self._valid(first, stop)
-            for heads in (range(g, min(g + 4, group)) for g in range(0, group, 4)):
-                for g, dots in zip(heads, self._dot_products(heads, cells), strict=True):
-                    score = bind(T.Select(valid, dots * splat(self.shape.scale, lanes), splat(LOWEST, lanes)))
-                    tops[g].set(tirx.max(tops[g].get(), score))
-                    store(scores, score, g, block * lanes)
+            dots = self._dot_products(self.cache.keys(self.segment.seq, self.segment.head, first, stop))
+            for h in self.heads:
+                score = bind(T.Select(valid, dots[h] * splat(self.shape.scale, lanes), splat(LOWEST, lanes)))
+                tops[h].set(tirx.max(tops[h].get(), score))
+                store(scores, score, h, block * lanes)
         return tops
 
     def _valid(self, first: Expr, stop: Expr) -> Expr:
@@ -324,60 +335,64 @@ class _Decode:
         inside = key < splat(T.cast(stop, "int32"), lanes)
         return tirx.And(inside, key >= splat(T.cast(self.first, "int32"), lanes)) if self.shape.window else inside
 
-    def _dot_products(self, heads: range, cells: list[Expr]) -> list[Expr]:
+    def _dot_products(self, cells: list[Expr]) -> list[Expr]:
+        """For each head a vector whose lane i is q . key i."""
         lanes = self.shape.lanes
-        sums = [LaneSums() for _ in heads]
+        unroll = largest_divisor(self.shape.vectors, 5)
+        sums = [LaneSums() for _ in self.heads]
         for cell in cells:
-            dots: list[Expr] = [None for _ in heads]
-            for i in range(0, self.shape.head_dim, lanes):
-                key = self.cache.load(cell + i)
-                for at, g in enumerate(heads):
-                    product = load(self.segment.q, self.token, self.segment.query_head(g), i64(i), lanes=lanes) * key
-                    dots[at] = bind(product if dots[at] is None else dots[at] + product)
+            dots = [Register(splat(0.0, lanes)) for _ in self.heads]
+            with T.serial(i64(self.shape.vectors // unroll)) as chunk:
+                for v in range(unroll):
+                    at = (chunk * unroll + v) * lanes
+                    key = self.cache.load(cell + at)
+                    for h, dot in enumerate(dots):
+                        query = load(self.segment.q, self.token, self.first_head + h, at, lanes=lanes)
+                        dot.set(dot.get() + query * key)
             for lane_sums, dot in zip(sums, dots, strict=True):
-                lane_sums.add(dot)
+                lane_sums.add(bind(dot.get()))
         return [lane_sums.result() for lane_sums in sums]
 
     def _exponentiate(
-        self, scores: Buffer, g: int, start: Expr, stop: Expr, block_tops: Register, top: Register, total: Register
+        self, scores: Buffer, h: int, start: Expr, stop: Expr, block_tops: Register, top: Register, total: Register
     ) -> Expr:
-        """scores -> exp(scores - top); returns the factor by which earlier sums shrink."""
+        """scores -> weights exp(score - top); returns the factor by which earlier sums shrink."""
         lanes = self.shape.lanes
         new_top = bind(tirx.max(top.get(), reduce_max(block_tops.get())))
-        shrink = bind(exp(top.get() - new_top))
+        shrink = exp(top.get() - new_top)
         sums = Register(splat(0.0, lanes))
         with T.serial(ceildiv(stop - start, lanes)) as block:
-            weight = exp(load(scores, g, block * lanes, lanes=lanes) - splat(new_top, lanes))
+            weight = exp(load(scores, h, block * lanes, lanes=lanes) - splat(new_top, lanes))
             weight = bind(T.Select(self._valid(start + block * lanes, stop), weight, splat(0.0, lanes)))
-            store(scores, weight, g, block * lanes)
+            store(scores, weight, h, block * lanes)
             sums.set(sums.get() + weight)
         total.set(total.get() * shrink + reduce_sum(sums.get()))
         top.set(new_top)
         return shrink
 
     def _add_values(self, weights: Buffer, outputs: Buffer, shrinks: list[Expr], start: Expr, stop: Expr) -> None:
-        """outputs[g] = outputs[g] * shrink[g] + sum of weights[g, i] * value[start + i], some columns at a time."""
+        """outputs[h] = outputs[h] * shrink[h] + sum of weights[h, i] * value[start + i], some columns at a time."""
         lanes, run = self.shape.lanes, self.cache.run
-        vectors = self.shape.head_dim // lanes
-        together = max(1, (self.shape.isa.registers * 3 // 4) // self.shape.group)
-        for chunk in (range(v, min(v + together, vectors)) for v in range(0, vectors, together)):
+        vectors = largest_divisor(self.shape.vectors, max(1, self.shape.isa.registers * 3 // 4 // len(self.heads)))
+        with T.serial(i64(self.shape.vectors // vectors)) as chunk:
+            columns = [bind((chunk * vectors + v) * lanes) for v in range(vectors)]
             sums = [
-                [Register(load(outputs, g, v * lanes, lanes=lanes) * splat(shrink, lanes)) for v in chunk]
-                for g, shrink in enumerate(shrinks)
+                [Register(load(outputs, h, column, lanes=lanes) * splat(shrinks[h], lanes)) for column in columns]
+                for h in self.heads
             ]
             with T.serial(ceildiv(stop - start, run)) as block:
                 first = bind(start + block * run)
                 cell = bind(self.cache.key(self.segment.seq, self.segment.head, first) + self.cache.to_values)
                 skip = bind(tirx.max(self.first - first, i64(0)))
                 with T.serial(skip, tirx.max(tirx.min(stop - first, i64(run)), skip)) as i:
-                    values = [self.cache.load(cell + i * self.shape.head_dim + v * lanes) for v in chunk]
-                    for g, row in enumerate(sums):
-                        weight = bind(splat(load(weights, g, block * run + i), lanes))
+                    values = [self.cache.load(cell + i * self.shape.head_dim + column) for column in columns]
+                    for h, row in enumerate(sums):
+                        weight = bind(splat(load(weights, h, block * run + i), lanes))
                         for register, value in zip(row, values, strict=True):
                             register.set(register.get() + weight * value)
-            for g, row in enumerate(sums):
-                for v, register in zip(chunk, row, strict=True):
-                    store(outputs, register.get(), g, v * lanes)
+            for h, row in enumerate(sums):
+                for column, register in zip(columns, row, strict=True):
+                    store(outputs, register.get(), h, column)
 
 
 class _Prefill:
@@ -389,17 +404,14 @@ class _Prefill:
         self.rows = bind((end - start) * self.shape.group)
         self.first, self.end = segment.key_range(start, end - 1)
 
-    def token(self, row: Expr) -> Expr:
-        return bind(self.start + row // self.shape.group)
-
     def attend(self) -> None:
         rows, head_dim, lanes = self.shape.block_rows, self.shape.head_dim, self.shape.lanes
-        self.q = self._scratch(rows, head_dim)
-        self.keys = self._scratch(head_dim, KEY_BLOCK)
-        self.values = self._scratch(KEY_BLOCK, head_dim)
-        self.scores = self._scratch(rows, KEY_BLOCK)
-        self.outputs = self._scratch(rows, head_dim)
-        self.tops, self.totals, self.shrinks = (self._scratch(rows) for _ in range(3))
+        self.q = _scratch(rows, head_dim)
+        self.keys = _scratch(head_dim, KEY_BLOCK)
+        self.values = _scratch(KEY_BLOCK, head_dim)
+        self.scores = _scratch(rows, KEY_BLOCK)
+        self.outputs = _scratch(rows, head_dim)
+        self.tops, self.totals, self.shrinks = (_scratch(rows) for _ in range(3))
         with T.serial(self.rows) as row:
             self._start_row(row)
         with T.If(self.first < self.end), T.Then():
@@ -407,49 +419,47 @@ class _Prefill:
             with T.serial(ceildiv(self.end - aligned, KEY_BLOCK)) as block:
                 self._attend_to(bind(aligned + block * KEY_BLOCK))
         with T.serial(self.rows) as row:
-            head = self.segment.query_head(row % self.shape.group)
-            self.segment.output.write(
-                self.segment.split,
-                self.token(row),
-                head,
-                load(self.tops, row),
-                load(self.totals, row),
-                lambda i: load(self.outputs, row, i, lanes=lanes),
-            )
+            token, head = self._token(row), bind(self.segment.query_head(row % self.shape.group))
+            top, total = bind(load(self.tops, row)), bind(load(self.totals, row))
+            self.segment.output.write(self.segment.split, token, head, top, total, partial(load, self.outputs, row))
 
-    def _scratch(self, *shape: int) -> Buffer:
-        return T.alloc_buffer([i64(extent) for extent in shape], "float32")
+    def _token(self, row: Expr) -> Expr:
+        return bind(self.start + row // self.shape.group)
 
     def _start_row(self, row: Expr) -> None:
-        lanes, token = self.shape.lanes, self.token(row)
+        lanes, token = self.shape.lanes, self._token(row)
         head = bind(self.segment.query_head(row % self.shape.group))
-        for i in range(0, self.shape.head_dim, lanes):
-            query = load(self.segment.q, token, head, i64(i), lanes=lanes)
-            store(self.q, query * splat(self.shape.scale, lanes), row, i)
-            store(self.outputs, splat(0.0, lanes), row, i)
+        with T.serial(i64(self.shape.vectors)) as v:
+            query = load(self.segment.q, token, head, v * lanes, lanes=lanes)
+            store(self.q, query * splat(self.shape.scale, lanes), row, v * lanes)
+            store(self.outputs, splat(0.0, lanes), row, v * lanes)
         store(self.tops, T.float32(LOWEST), row)
         store(self.totals, T.float32(0.0), row)
 
     def _attend_to(self, first: Expr) -> None:
-        """One block of keys."""
-        with T.serial(i64(KEY_BLOCK // self.shape.lanes)) as group:
-            self._stage_keys(first, group * self.shape.lanes)
+        """One block of keys. Rows of the last register tile that do not exist hold anything and are never read."""
+        lanes, tile_rows = self.shape.lanes, self.shape.tile_rows
+        with T.serial(i64(KEY_BLOCK // lanes)) as group:
+            self._stage_keys(first, bind(group * lanes))
         with T.serial(i64(KEY_BLOCK // self.cache.run)) as group:
-            self._stage_values(first, group * self.cache.run)
-        with T.serial(ceildiv(self.rows, self.shape.tile_rows)) as tile:
-            self._score(bind(tile * self.shape.tile_rows))
+            self._stage_values(first, bind(group * self.cache.run))
+        with T.serial(ceildiv(self.rows, tile_rows)) as tile, T.serial(i64(KEY_BLOCK // (2 * lanes))) as pair:
+            self._score(bind(tile * tile_rows), bind(pair * (2 * lanes)))
         with T.serial(self.rows) as row:
             self._exponentiate(row, first)
-        with T.serial(ceildiv(self.rows, self.shape.tile_rows)) as tile:
-            self._add_values(bind(tile * self.shape.tile_rows))
+        with T.serial(ceildiv(self.rows, tile_rows)) as tile:
+            with T.serial(i64(self.shape.vectors // 2)) as pair:
+                self._add_values(bind(tile * tile_rows), [bind((pair * 2 + c) * lanes) for c in range(2)])
+            if self.shape.vectors % 2:
+                self._add_values(bind(tile * tile_rows), [i64(self.shape.head_dim - lanes)])
 
     def _stage_keys(self, first: Expr, at: Expr) -> None:
         """keys[d, at + i] = key first + at + i; what lies past the end is masked later."""
         lanes = self.shape.lanes
         cells = self.cache.keys(self.segment.seq, self.segment.head, first + at, self.end)
-        for i in range(0, self.shape.head_dim, lanes):
-            for d, row in enumerate(transpose([self.cache.load(cell + i) for cell in cells])):
-                store(self.keys, row, i + d, at)
+        with T.serial(i64(self.shape.vectors)) as v:
+            for d, row in enumerate(transpose([self.cache.load(cell + v * lanes) for cell in cells])):
+                store(self.keys, row, v * lanes + d, at)
 
     def _stage_values(self, first: Expr, at: Expr) -> None:
         """values[at + i] = value first + at + i; zeros past the end, since the page may hold anything there."""
@@ -457,72 +467,68 @@ class _Prefill:
         present = bind(tirx.max(tirx.min(self.end - first - at, i64(run)), i64(0)))
         with T.If(present > 0), T.Then():
             cell = bind(self.cache.key(self.segment.seq, self.segment.head, first + at) + self.cache.to_values)
-            with T.serial(present) as i:
-                for d in range(0, self.shape.head_dim, lanes):
-                    store(self.values, self.cache.load(cell + i * self.shape.head_dim + d), at + i, d)
-        with T.serial(present, i64(run)) as i:
-            for d in range(0, self.shape.head_dim, lanes):
-                store(self.values, splat(0.0, lanes), at + i, d)
+            with T.serial(present) as i, T.serial(i64(self.shape.vectors)) as v:
+                store(self.values, self.cache.load(cell + i * self.shape.head_dim + v * lanes), at + i, v * lanes)
+        with T.serial(present, i64(run)) as i, T.serial(i64(self.shape.vectors)) as v:
+            store(self.values, splat(0.0, lanes), at + i, v * lanes)
 
-    def _score(self, row: Expr) -> None:
-        """scores[row + r] = q[row + r] . keys; rows past the last hold anything and are never read."""
+    def _score(self, row: Expr, column: Expr) -> None:
+        """scores[row + r, column …] = q[row + r] . keys, for a register tile."""
         lanes = self.shape.lanes
-        for column in range(0, KEY_BLOCK, 2 * lanes):
-            sums = multiply_tile(
-                i64(self.shape.head_dim),
-                [[splat(0.0, lanes)] * 2 for _ in range(self.shape.tile_rows)],
-                lambda r, k: load(self.q, row + r, k),
-                lambda k, c, column=column: load(self.keys, k, column + c * lanes, lanes=lanes),
-            )
-            for r, registers in enumerate(sums):
-                for c, register in enumerate(registers):
-                    store(self.scores, register.get(), row + r, column + c * lanes)
+        sums = multiply_tile(
+            i64(self.shape.head_dim),
+            [[splat(0.0, lanes)] * 2 for _ in range(self.shape.tile_rows)],
+            lambda r, k: load(self.q, row + r, k),
+            lambda k, c: load(self.keys, k, column + c * lanes, lanes=lanes),
+        )
+        for r, registers in enumerate(sums):
+            for c, register in enumerate(registers):
+                store(self.scores, register.get(), row + r, column + c * lanes)
 
     def _exponentiate(self, row: Expr, first: Expr) -> None:
-        """scores -> exp(scores - top), 0 for keys that the row's token does not see."""
-        lanes, token = self.shape.lanes, self.token(row)
-        last = splat(bind(load(self.segment.positions, token)), lanes)
-        first_visible = splat(bind(T.cast(self.segment.first_visible(token), "int32")), lanes)
-        visible, scores = [], []
-        for i in range(0, KEY_BLOCK, lanes):
-            key = bind(T.ramp(T.cast(first, "int32") + i, T.int32(1), lanes))
-            seen = tirx.And(key <= last, key < splat(T.cast(self.end, "int32"), lanes))
-            seen = tirx.And(seen, key >= splat(T.cast(self.first, "int32"), lanes))
-            visible.append(tirx.And(seen, key >= first_visible) if self.shape.window else seen)
-            score = load(self.scores, row, i, lanes=lanes)
-            scores.append(bind(T.Select(visible[-1], score, splat(LOWEST, lanes))))
-        block_top = scores[0]
-        for score in scores[1:]:
-            block_top = bind(tirx.max(block_top, score))
-        top = bind(tirx.max(load(self.tops, row), reduce_max(block_top)))
-        shrink = bind(exp(load(self.tops, row) - top))
-        total = splat(0.0, lanes)
-        for i, (seen, score) in enumerate(zip(visible, scores, strict=True)):
-            weight = bind(T.Select(seen, exp(score - splat(top, lanes)), splat(0.0, lanes)))
-            store(self.scores, weight, row, i * lanes)
-            total = bind(total + weight)
-        store(self.totals, load(self.totals, row) * shrink + reduce_sum(total), row)
+        """scores -> weights exp(score - top), 0 for keys that the row's token does not see."""
+        lanes, token = self.shape.lanes, self._token(row)
+        last = bind(tirx.min(i64(load(self.segment.positions, token)), self.end - 1))
+        lowest = bind(tirx.max(self.segment.first_visible(token), self.first))
+
+        def visible(v: Expr) -> Expr:
+            key = T.ramp(T.cast(first + v * lanes, "int32"), T.int32(1), lanes)
+            above = key >= splat(T.cast(lowest, "int32"), lanes)
+            return tirx.And(above, key <= splat(T.cast(last, "int32"), lanes))
+
+        tops = Register(splat(LOWEST, lanes))
+        with T.serial(i64(KEY_BLOCK // lanes)) as v:
+            score = load(self.scores, row, v * lanes, lanes=lanes)
+            tops.set(tirx.max(tops.get(), T.Select(visible(v), score, splat(LOWEST, lanes))))
+        top = bind(tirx.max(load(self.tops, row), reduce_max(tops.get())))
+        sums = Register(splat(0.0, lanes))
+        with T.serial(i64(KEY_BLOCK // lanes)) as v:
+            weight = exp(load(self.scores, row, v * lanes, lanes=lanes) - splat(top, lanes))
+            weight = bind(T.Select(visible(v), weight, splat(0.0, lanes)))
+            store(self.scores, weight, row, v * lanes)
+            sums.set(sums.get() + weight)
+        shrink = exp(load(self.tops, row) - top)
+        store(self.totals, load(self.totals, row) * shrink + reduce_sum(sums.get()), row)
         store(self.tops, top, row)
         store(self.shrinks, shrink, row)
 
-    def _add_values(self, row: Expr) -> None:
-        """outputs[row + r] = outputs[row + r] * shrink + scores[row + r] . values."""
+    def _add_values(self, row: Expr, columns: list[Expr]) -> None:
+        """outputs[row + r] = outputs[row + r] * shrink + weights[row + r] . values, for a register tile."""
         lanes, rows = self.shape.lanes, range(self.shape.tile_rows)
-        for column in range(0, self.shape.head_dim, 2 * lanes):
-            columns = range(column, min(column + 2 * lanes, self.shape.head_dim), lanes)
-            initial = [
-                [
-                    load(self.outputs, row + r, c, lanes=lanes) * splat(load(self.shrinks, row + r), lanes)
-                    for c in columns
-                ]
-                for r in rows
-            ]
-            sums = multiply_tile(
-                i64(KEY_BLOCK),
-                initial,
-                lambda r, k: load(self.scores, row + r, k),
-                lambda k, c, column=column: load(self.values, k, column + c * lanes, lanes=lanes),
-            )
-            for r, registers in enumerate(sums):
-                for c, register in zip(columns, registers, strict=True):
-                    store(self.outputs, register.get(), row + r, c)
+
+        def shrunk(r: int, column: Expr) -> Expr:
+            return load(self.outputs, row + r, column, lanes=lanes) * splat(load(self.shrinks, row + r), lanes)
+
+        sums = multiply_tile(
+            i64(KEY_BLOCK),
+            [[shrunk(r, column) for column in columns] for r in rows],
+            lambda r, k: load(self.scores, row + r, k),
+            lambda k, c: load(self.values, k, columns[c], lanes=lanes),
+        )
+        for r, registers in enumerate(sums):
+            for column, register in zip(columns, registers, strict=True):
+                store(self.outputs, register.get(), row + r, column)
+
+
+def _scratch(*shape: int) -> Buffer:
+    return T.alloc_buffer([i64(extent) for extent in shape], "float32")

@@ -32,9 +32,9 @@ from .vector import (
 )
 from .weights import Weights, code_table, open_weights, weight_args
 
-FEW_ROWS = 8  # below this, decoding each weight for every 4 rows costs less than writing a panel
+FEW_ROWS = 24  # below this, decoding each weight once for 4 rows costs less than writing a panel
 PANEL_BYTES = 256 * 1024  # of decoded weights: a part of L2, beside the rows of x
-ROWS_PER_TASK = 128
+ROWS_PER_TASK = 256
 
 
 def linear(fmt: WeightFormat, out_features: int, in_features: int, isa: Isa, bias: bool = False) -> tirx.PrimFunc:
@@ -142,9 +142,11 @@ class _Product:
     def many_rows(self) -> None:
         """Tasks run panel by panel within a block of rows, so that a thread finds its rows of x in L2."""
         panels = -(-self.tiles // self.panel_tiles)
-        block_rows = self._tile_rows * (ROWS_PER_TASK // self._tile_rows)
-        with T.parallel(ceildiv(self.n, block_rows) * panels) as task:
-            first_row = bind(task // panels * block_rows)
+        height = self._tile_rows
+        blocks = bind(ceildiv(self.n, ROWS_PER_TASK))
+        block_rows = bind((ceildiv(self.n, height) + blocks - 1) // blocks * height)  # blocks of about the same size
+        with T.parallel(blocks * panels) as task:
+            first_row = bind(tirx.min(task // panels * block_rows, self.n))
             end_row = bind(tirx.min(first_row + block_rows, self.n))
             first_tile = task % panels * self.panel_tiles
             # An odd last tile is computed twice, with the same result.
@@ -186,7 +188,7 @@ class _Product:
             times(height, first_row + block * height, end_row)
         left = bind(end_row - first_row - full * height)
         shorter = 0
-        for rows in sorted({-(-height // 4), -(-height // 2), height}):
+        for rows in sorted({-(-height * i // 4) for i in range(1, 5)}):
             with T.If(tirx.And(left > shorter, left <= rows)), T.Then():
                 times(rows, first_row + full * height, end_row)
             shorter = rows

@@ -52,6 +52,11 @@ def ceildiv(value: Expr, divisor: int) -> Expr:
     return (value + (divisor - 1)) // divisor
 
 
+def largest_divisor(extent: int, most: int) -> int:
+    """How many iterations of a static loop to unroll, at most `most`, so that none remain."""
+    return max(i for i in range(1, most + 1) if extent % i == 0)
+
+
 def bind(value: Expr) -> Expr:
     """Evaluate once, here. (An unbound expression is evaluated wherever it is used.)
 
