@@ -1,0 +1,101 @@
+"""The order of the passes, on one page. A pass is a function IRModule -> IRModule in the file of its name."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import tvm
+from tvm import IRModule, relax
+
+from mlcgen.passes.fuse_add_norm import fuse_add_norm
+from mlcgen.passes.fuse_dequantize_matmul import fuse_dequantize_matmul
+from mlcgen.passes.fuse_gate_up import fuse_gate_up
+from mlcgen.passes.fuse_qkv import fuse_qkv
+from mlcgen.passes.fuse_rope import fuse_rope
+from mlcgen.passes.paged_attention import KvLayout, paged_attention
+from mlcgen.passes.plain_attention import plain_attention
+from mlcgen.passes.quantize import WeightSource, quantize
+from mlcgen.passes.schedule import schedule
+from mlcgen.passes.select_logit_rows import select_logit_rows
+from mlcgen.targets.base import Target
+
+Pass = Callable[[IRModule], IRModule]
+NamedPass = tuple[str, Pass]
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    sources: Mapping[str, WeightSource]  # variable name of each parameter -> how it is stored
+    kv: KvLayout
+    bounds: Mapping[str, int]  # largest value of each symbolic dimension, for memory planning
+
+
+def model_pipeline(target: Target, options: PassOptions) -> list[NamedPass]:
+    """From the plain model to kernels; what depends on weights alone is still in the function."""
+    formats = {source.fmt.name: source.fmt for source in options.sources.values()}
+
+    def can_stack(names: list[str]) -> bool:
+        """Matrices of one storage format may share a buffer."""
+        found = [options.sources[name] for name in names]
+        return len({(source.fmt, source.in_groups) for source in found}) == 1
+
+    return [
+        ("select_logit_rows", select_logit_rows),
+        # Before quantize: stacking whole matrices is simpler than stacking their parts.
+        ("fuse_qkv", partial(fuse_qkv, can_stack=can_stack)),
+        ("fuse_gate_up", partial(fuse_gate_up, can_stack=can_stack, target=target)),
+        ("quantize", partial(quantize, sources=options.sources)),
+        ("fuse_dequantize_matmul", partial(fuse_dequantize_matmul, formats=formats, target=target)),
+        ("fuse_add_norm", partial(fuse_add_norm, target=target)),
+        ("paged_attention", partial(paged_attention, layout=options.kv, target=target)),
+        # After paged_attention: rope moves into the kernel that appends to the pages.
+        ("fuse_rope", partial(fuse_rope, layout=options.kv, target=target)),
+    ]
+
+
+def reference_pipeline() -> list[NamedPass]:
+    """The un-optimised build that `verify` and the tests compare against."""
+    return [("plain_attention", plain_attention)]
+
+
+def lowering_pipeline(bounds: Mapping[str, int] | None = None) -> list[NamedPass]:
+    """From Relax operators to scheduled kernels, planned memory and VM instructions."""
+    transform = relax.transform
+
+    def bound_dimensions(mod: IRModule) -> IRModule:
+        for gv, func in list(mod.functions.items()):
+            if bounds and isinstance(func, relax.Function):
+                mod[gv] = func.with_attr("tir_var_upper_bound", dict(bounds))
+        return mod
+
+    passes = [
+        # reshape stays an operator: the VM makes it an alias, a kernel would copy.
+        ("legalize", transform.LegalizeOps(skip_ops=["relax.reshape"])),
+        ("annotate_op_pattern", transform.AnnotateTIROpPattern()),
+        ("fold_constant", transform.FoldConstant()),
+        ("fuse_ops", transform.FuseOps()),
+        ("fuse_tir", transform.FuseTIR()),
+        # After fusion: a schedule is for the whole kernel.
+        ("schedule", schedule),
+        ("to_non_dataflow", transform.ToNonDataflow()),
+        ("remove_purity_checking", transform.RemovePurityChecking()),
+        ("call_tir_rewrite", transform.CallTIRRewrite()),
+        ("bound_dimensions", bound_dimensions),
+        ("plan_memory", transform.StaticPlanBlockMemory()),
+        ("lower_alloc_tensor", transform.LowerAllocTensor()),
+        ("kill_after_last_use", transform.KillAfterLastUse()),
+        ("lower_runtime_builtin", transform.LowerRuntimeBuiltin()),
+        ("compute_prim_value", transform.ComputePrimValue()),
+        ("vm_shape_lower", transform.VMShapeLower()),
+        ("attach_global_symbol", transform.AttachGlobalSymbol()),
+    ]
+    return passes
+
+
+def run(mod: IRModule, passes: list[NamedPass], target: Target, observe: Callable[[str, IRModule], None]) -> IRModule:
+    """Apply the passes in order; `observe(name, module)` is called after each, for timing and dumps."""
+    with tvm.target.Target(target.tvm), tvm.transform.PassContext(opt_level=3):
+        for name, apply in passes:
+            mod = apply(mod)
+            observe(name, mod)
+    return mod

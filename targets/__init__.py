@@ -1,0 +1,15 @@
+"""Targets by name: `cpu`, `cpu:x86-64-v3`, `cpu:aarch64`, …"""
+
+from mlcgen.errors import TargetError
+from mlcgen.targets.base import Target
+from mlcgen.targets.cpu import cpu_target
+
+TARGETS = {"cpu": cpu_target}
+
+
+def resolve(name: str) -> Target:
+    """The target that a user's name stands for. Raises TargetError that lists what there is."""
+    kind, _, variant = name.partition(":")
+    if kind not in TARGETS:
+        raise TargetError(f"target {name!r} is not supported; have: {', '.join(TARGETS)}")
+    return TARGETS[kind](variant)

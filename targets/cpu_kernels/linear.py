@@ -30,7 +30,7 @@ from .vector import (
     store,
     widen,
 )
-from .weights import Weights, code_table, open_weights, weight_args
+from .weights import Weights, code_table, field_scales, has_code_table, open_weights, weight_args
 
 FEW_ROWS = 24  # below this, decoding each weight once for 4 rows costs less than writing a panel
 PANEL_BYTES = 256 * 1024  # of decoded weights: a part of L2, beside the rows of x
@@ -76,40 +76,62 @@ class _Product:
     # Few rows --------------------------------------------------------------------------------------------------------
 
     def few_rows(self) -> None:
+        x = self._prepare_activations()
         with T.parallel(i64(self.tiles)) as tile:
-            table = code_table(self.fmt, self.isa)
             with T.serial(self.n // 4) as four:  # a tile of W stays in L1 from one block of rows to the next
-                self._rows_times_tile([four * 4 + r for r in range(4)], tile, table)
+                self._rows_times_tile(x, [four * 4 + r for r in range(4)], tile)
             for count in (2, 1):
                 with T.If(self.n % (2 * count) >= count), T.Then():
                     first = bind(self.n - self.n % (2 * count))
-                    self._rows_times_tile([first + r for r in range(count)], tile, table)
+                    self._rows_times_tile(x, [first + r for r in range(count)], tile)
 
-    def _rows_times_tile(self, rows: list[Expr], tile: Expr, table: Expr | None) -> None:
+    def _prepare_activations(self) -> "_Activations":
+        fmt, has_table = self.fmt, has_code_table(self.fmt, self.isa)
+        if not fmt.is_grouped or (has_table and not fmt.has_minimum):
+            return _Activations(self.x, None)
+        scaled = self.x if has_table else T.alloc_buffer((i64(FEW_ROWS), i64(self.in_features)), "float32")
+        sums = T.alloc_buffer((i64(FEW_ROWS), i64(self.in_features // fmt.group)), "float32")
+        scales = None if has_table else field_scales(fmt)
+        with T.serial(self.n) as row, T.serial(i64(self.in_features // fmt.group)) as group:
+            total = splat(0.0, TILE)
+            for at in range(0, fmt.group, TILE):
+                x = bind(load(self.x, row, group * fmt.group + at, lanes=TILE))
+                total = total + x
+                if scales is not None:
+                    store(scaled, x * scales, row, group * fmt.group + at)
+            store(sums, reduce_sum(bind(total)), row, group)
+        return _Activations(scaled, sums)
+
+    def _rows_times_tile(self, x: "_Activations", rows: list[Expr], tile: Expr) -> None:
         times = self._grouped_rows_times_tile if self.fmt.is_grouped else self._float_rows_times_tile
-        for row, total in zip(rows, times(rows, tile, table), strict=True):
+        for row, total in zip(rows, times(x, rows, tile), strict=True):
             self._store(self._plus_bias(total, tile), row, tile)
 
-    def _grouped_rows_times_tile(self, rows: list[Expr], tile: Expr, table: Expr | None) -> list[Expr]:
+    def _grouped_rows_times_tile(self, x: "_Activations", rows: list[Expr], tile: Expr) -> list[Expr]:
         """Per group: sum code * x, then one multiplication by the scale."""
         group_size = self.fmt.group
+        table = code_table(self.fmt, self.isa)
         totals = [Register(splat(0.0, TILE)) for _ in rows]
         with T.serial(i64(self.in_features // group_size)) as group:
+            self.weights.prefetch_group(tile, group)
             sums = [_Chains(_chains(rows)) for _ in rows]
-            for column, code in self.weights.group_codes(tile, group, table):
+            weights = self.weights
+            codes = weights.group_fields(tile, group) if table is None else weights.group_codes(tile, group, table)
+            for column, code in codes:
                 for row, chains in zip(rows, sums, strict=True):
-                    chains.add(code * splat(load(self.x, row, group * group_size + column), TILE))
-            scale = self.weights.group_scale(self.isa, tile, group)
-            for total, chains in zip(totals, sums, strict=True):
-                total.set(total.get() + scale * chains.total())
-            if self.fmt.has_minimum:
-                minimum = self.weights.group_minimum(self.isa, tile, group)
-                for row, total in zip(rows, totals, strict=True):
-                    x_sum = reduce_sum(load(self.x, row, group * group_size, lanes=group_size))
-                    total.set(total.get() + minimum * splat(x_sum, TILE))
+                    chains.add(code * splat(load(x.values, row, group * group_size + column), TILE))
+            scale = weights.group_scale(self.isa, tile, group)
+            minimum = weights.group_minimum(self.isa, tile, group) if self.fmt.has_minimum else None
+            for row, total, chains in zip(rows, totals, sums, strict=True):
+                products = chains.total()
+                if table is None and self.fmt.zero_point:
+                    products = products - splat(load(x.sums, row, group) * T.float32(self.fmt.zero_point), TILE)
+                total.set(total.get() + scale * products)
+                if minimum is not None:
+                    total.set(total.get() + minimum * splat(load(x.sums, row, group), TILE))
         return [total.get() for total in totals]
 
-    def _float_rows_times_tile(self, rows: list[Expr], tile: Expr, table: Expr | None) -> list[Expr]:
+    def _float_rows_times_tile(self, x: "_Activations", rows: list[Expr], tile: Expr) -> list[Expr]:
         unroll = 8
         totals = [[Register(splat(0.0, TILE)) for _ in range(_chains(rows))] for _ in rows]
 
@@ -117,7 +139,7 @@ class _Product:
             weight = bind(self.weights.column(self.isa, tile, k))
             for row, registers in zip(rows, totals, strict=True):
                 register = registers[chain % len(registers)]
-                register.set(register.get() + weight * splat(load(self.x, row, k), TILE))
+                register.set(register.get() + weight * splat(load(x.values, row, k), TILE))
 
         with T.serial(i64(self.in_features // unroll)) as block:
             for column in range(unroll):
@@ -246,6 +268,14 @@ class _Product:
                 store(self.out, narrow(value, self._last_lanes), row, tile * TILE)
             with T.Else():
                 store(self.out, value, row, tile * TILE)
+
+
+@dataclass(frozen=True)
+class _Activations:
+    """What few rows are multiplied with."""
+
+    values: Buffer  # x, for grouped formats times the scales of the codes' fields
+    sums: Buffer | None  # (rows, K / group): x summed over each group, for zero points and minima
 
 
 class _Chains:

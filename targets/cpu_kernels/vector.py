@@ -98,6 +98,12 @@ def store(buffer: Buffer, value: Expr, *index: Expr) -> None:
     T.buffer_store(buffer, value, [*map(i64, index[:-1]), _span(index[-1], lanes_of(value))])
 
 
+def prefetch(buffer: Buffer, *index: Expr) -> None:
+    """Ask for the cache line of an element, which may lie past the end of the buffer."""
+    read, keep, data = T.int32(0), T.int32(3), T.int32(1)
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", T.address_of(load(buffer, *index)), read, keep, data))
+
+
 class Register:
     """A variable that loops update: LLVM keeps it in a register (its own buffer of less than 1 KB is promoted)."""
 

@@ -7,7 +7,9 @@ from tvm.tirx.script import builder as T  # noqa: N812
 
 from ...formats import TILE, WeightFormat
 from .isa import Isa
-from .vector import Buffer, Expr, Kernel, bind, load, load_f32, splat, store, view
+from .vector import Buffer, Expr, Kernel, bind, load, load_f32, prefetch, splat, store, view
+
+PREFETCH_BYTES = 4096  # how far ahead: hardware prefetching stops at the end of each page
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,12 @@ class Weights:
         """Column k of a tile in a float format: 16 float32."""
         return load_f32(isa, self.w, tile, k, 0, lanes=TILE)
 
+    def prefetch_group(self, tile: Expr, group: Expr) -> None:
+        """Ask for the group that lies PREFETCH_BYTES further on; the tiles of a task follow each other in memory."""
+        words = self.fmt.group * self.fmt.bits // 32  # a cache line each
+        for word in range(words):
+            prefetch(self.w, tile, group * words + (PREFETCH_BYTES // 64 + word), 0)
+
     def group_scale(self, isa: Isa, tile: Expr, group: Expr) -> Expr:
         return bind(load_f32(isa, self.scale, tile, group, 0, lanes=TILE))
 
@@ -32,14 +40,37 @@ class Weights:
     def group_codes(self, tile: Expr, group: Expr, table: Expr | None) -> Iterator[tuple[int, Expr]]:
         """(column within the group, code - zero_point as 16 float32) for each column of a group."""
         fmt = self.fmt
-        columns = 32 // fmt.bits  # in one 32-bit word
-        for chunk in range(fmt.group // columns):
-            words = bind(load(self.w, tile, group * (fmt.group // columns) + chunk, 0, lanes=TILE))
+        for chunk, words in self._group_words(tile, group):
             if fmt.zero_point and table is None:
                 # Flipping each code's top bit makes it its own value minus the zero point, in two's complement.
                 words = bind(words ^ splat(T.uint32(_top_bits(fmt.bits)), TILE))
-            for column in range(columns):
-                yield chunk * columns + column, bind(_code(fmt, words, _bit_of(fmt, column), table))
+            for column in range(columns_per_word(fmt)):
+                yield chunk + column, bind(_code(fmt, words, _bit_of(fmt, column), table))
+
+    def group_fields(self, tile: Expr, group: Expr) -> Iterator[tuple[int, Expr]]:
+        """(column within the group, code / field_scale(column) as 16 float32): codes masked where they stand.
+
+        One instruction less than moving them down; the activation takes the scale instead.
+        """
+        fmt = self.fmt
+        for chunk, words in self._group_words(tile, group):
+            for column in range(columns_per_word(fmt)):
+                bit = _bit_of(fmt, column)
+                in_place = words & splat(T.uint32(((1 << fmt.bits) - 1) << bit), TILE)
+                field = words >> splat(T.uint32(bit), TILE) if _is_top(fmt, bit) else in_place
+                yield chunk + column, bind(T.cast(T.reinterpret("int32x16", field), "float32x16"))
+
+    def _group_words(self, tile: Expr, group: Expr) -> Iterator[tuple[int, Expr]]:
+        """(first column within the group, 16 words of 32 bits) for each cache line of a group."""
+        per_group = self.fmt.group // columns_per_word(self.fmt)
+        for word in range(per_group):
+            yield word * columns_per_word(self.fmt), bind(load(self.w, tile, group * per_group + word, 0, lanes=TILE))
+
+
+def field_scales(fmt: WeightFormat) -> Expr:
+    """The scales of `group_fields` for 16 columns (they repeat): 2**-bit, or 1 where the sign bit forces a shift."""
+    bits = [_bit_of(fmt, column % columns_per_word(fmt)) for column in range(TILE)]
+    return _constant([1.0 if _is_top(fmt, bit) else 2.0**-bit for bit in bits])
 
 
 def weight_args(kernel: Kernel, fmt: WeightFormat, n: int, k: int) -> dict[str, Buffer]:
@@ -56,14 +87,30 @@ def open_weights(fmt: WeightFormat, args: dict[str, Buffer]) -> Weights:
     return Weights(fmt, w, args.get("scale"), args.get("minimum"))
 
 
+def has_code_table(fmt: WeightFormat, isa: Isa) -> bool:
+    return fmt.bits == 4 and isa.has_permute16
+
+
 def code_table(fmt: WeightFormat, isa: Isa) -> Expr | None:
     """The 16 values of a 4-bit code in one vector, where the ISA looks up 16 lanes at once."""
-    if fmt.bits != 4 or not isa.has_permute16:
+    if not has_code_table(fmt, isa):
         return None
-    table = T.alloc_buffer((TILE,), "float32")
-    for code in range(16):
-        store(table, T.float32(code - fmt.zero_point), code)
-    return bind(load(table, 0, lanes=TILE))
+    return _constant([float(code - fmt.zero_point) for code in range(16)])
+
+
+def _constant(values: list[float]) -> Expr:
+    lanes = T.alloc_buffer((TILE,), "float32")
+    for i, value in enumerate(values):
+        store(lanes, T.float32(value), i)
+    return bind(load(lanes, 0, lanes=TILE))
+
+
+def _is_top(fmt: WeightFormat, bit: int) -> bool:
+    return bit + fmt.bits == 32
+
+
+def columns_per_word(fmt: WeightFormat) -> int:
+    return 32 // fmt.bits
 
 
 def _top_bits(bits: int) -> int:

@@ -1,0 +1,50 @@
+"""What this machine's CPU can do, read from the CPU itself; no compiler needed."""
+
+import functools
+import os
+from pathlib import Path
+
+# /proc/cpuinfo's name of a feature -> LLVM's, where they differ
+_LLVM_NAMES = {
+    "abm": "lzcnt",
+    "bmi1": "bmi",
+    "sse4_2": "sse4.2",
+    "avx512_vnni": "avx512vnni",
+    "avx512_bf16": "avx512bf16",
+    "avx_vnni": "avxvnni",
+    "amx_tile": "amx-tile",
+    "amx_int8": "amx-int8",
+    "amx_bf16": "amx-bf16",
+    "asimd": "neon",
+    "asimddp": "dotprod",
+}
+
+
+@functools.cache
+def _cpuinfo() -> dict[str, str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0]
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+
+
+@functools.cache
+def host_features() -> frozenset[str]:
+    """LLVM's names of this CPU's features; empty where the system does not tell."""
+    flags = (_cpuinfo().get("flags") or _cpuinfo().get("Features") or "").split()
+    return frozenset(_LLVM_NAMES.get(flag, flag) for flag in flags)
+
+
+def host_cpu_name() -> str:
+    return _cpuinfo().get("model name", "unknown CPU")
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: its affinity mask, and the container's CPU quota if there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores

@@ -1,0 +1,80 @@
+"""Every kernel that no target wrote gets a schedule, and says how in its attribute `mlcgen.how`.
+
+`elementwise` and `rows`: the rules of a CPU, blocks in parallel with vectors inside. A kernel that no rule takes stays
+serial and is reported as a fallback.
+"""
+
+import re
+
+import tvm
+from tvm import IRModule, ir, tirx
+from tvm.s_tir import Schedule
+
+HOW = "mlcgen.how"
+LANES = 16
+
+
+def schedule(mod: IRModule) -> IRModule:
+    functions = dict(mod.functions.items())
+    for gv, func in functions.items():
+        if isinstance(func, tirx.PrimFunc) and not (func.attrs and HOW in func.attrs):
+            functions[gv] = _scheduled(func)
+    return IRModule(functions, attrs=mod.attrs)
+
+
+def _scheduled(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    for how, rule in (("rule: elementwise", _elementwise), ("rule: rows", _rows)):
+        try:
+            new = rule(func)
+        except (tvm.error.TVMError, ValueError, RuntimeError):
+            continue
+        if new is not None:
+            return new.with_attr(HOW, how)
+    return func.with_attr(HOW, "fallback: serial")
+
+
+def _elementwise(func: tirx.PrimFunc) -> tirx.PrimFunc | None:
+    """One spatial block after inlining: all loops fused, chunks in parallel, vectors inside."""
+    sch = Schedule(func)
+    blocks = _blocks(sch)
+    if not blocks or not all(_is_spatial(sch, block) for block in blocks):
+        return None
+    for block in blocks[:-1]:
+        sch.compute_inline(block)
+    loops = sch.get_loops(blocks[-1])
+    innermost = sch.get(loops[-1]).extent
+    if len(loops) > 1 and isinstance(innermost, tirx.IntImm) and int(innermost) % LANES == 0:
+        _, vector = sch.split(loops[-1], [None, LANES])
+        sch.vectorize(vector)
+    sch.parallel(loops[0] if len(loops) == 1 else sch.fuse(*loops[:-1]))
+    return sch.mod["main"]
+
+
+def _rows(func: tirx.PrimFunc) -> tirx.PrimFunc | None:
+    """Any mix of blocks: each one's outer spatial loop in parallel."""
+    sch = Schedule(func)
+    blocks = _blocks(sch)
+    for block in blocks:
+        iters = sch.get(block).iter_vars
+        if not sch.get_loops(block) or int(iters[0].iter_type) != tirx.IterVar.DataPar:
+            return None
+        sch.parallel(sch.get_loops(block)[0])
+    return sch.mod["main"] if blocks else None
+
+
+def _blocks(sch: Schedule) -> list[object]:
+    root = sch.get_sblock("root")
+    return list(sch.get_child_blocks(root))
+
+
+def _is_spatial(sch: Schedule, block: object) -> bool:
+    return all(int(i.iter_type) == tirx.IterVar.DataPar for i in sch.get(block).iter_vars)
+
+
+def describe(mod: IRModule) -> dict[str, str]:
+    """Kernel name -> how it was scheduled, for the compile report."""
+    found: dict[str, str] = {}
+    for gv, func in mod.functions.items():
+        if isinstance(func, tirx.PrimFunc) and isinstance(gv, ir.GlobalVar) and func.attrs and HOW in func.attrs:
+            found[gv.name_hint] = re.sub(r"\s+", " ", str(func.attrs[HOW]))
+    return found

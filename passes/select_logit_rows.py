@@ -1,0 +1,22 @@
+"""Only the rows that will be sampled go through the output matrix, the model's largest."""
+
+from tvm import IRModule, relax, tirx
+
+from mlcgen.passes.rewrite import FORWARD, Rewriter, bindings, is_op, rewrite
+
+
+def select_logit_rows(mod: IRModule) -> IRModule:
+    """Adds the input `logit_rows` (rows,) int32; the result becomes (rows, vocab)."""
+    values = bindings(mod)
+    logits = mod[FORWARD].body.body
+    while not is_op(values[logits], "relax.matmul"):
+        logits = values[logits] if isinstance(values[logits], relax.Var) else values[logits].args[0]
+    rows = relax.Var("logit_rows", relax.TensorType((tirx.Var("rows", "int64"),), "int32"))
+
+    def rule(rewriter: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
+        if not var.same_as(logits):
+            return None
+        hidden = rewriter.emit(relax.op.take(value.args[0], rows, axis=0), "sampled_hidden")
+        return relax.op.matmul(hidden, value.args[1])
+
+    return rewrite(mod, rule, new_inputs=[rows])

@@ -1,0 +1,99 @@
+"""CPU targets: this machine's, from the CPU itself, and named ones to cross-compile for."""
+
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm.target import codegen
+
+from mlcgen.errors import TargetError
+from mlcgen.formats import WeightFormat
+from mlcgen.runtime.cpu import host_features
+from mlcgen.targets import cpu_kernels
+from mlcgen.targets.base import Target
+from mlcgen.targets.cpu_kernels import Isa
+
+# LLVM's features that generated code may use, from the widest; a variant lists those that its CPUs have.
+_V3 = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt", "sse4.2")
+_V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_VNNI = (*_V4, "avx512vnni")
+VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> (architecture, features)
+    "x86-64-v2": ("x86_64", ("popcnt", "sse4.2")),
+    "x86-64-v3": ("x86_64", _V3),
+    "x86-64-v4": ("x86_64", _V4),
+    "icelake-server": ("x86_64", _VNNI),
+    "znver4": ("x86_64", (*_VNNI, "avx512bf16")),
+    "sapphirerapids": ("x86_64", (*_VNNI, "avx512bf16", "amx-tile", "amx-int8", "amx-bf16")),
+    "aarch64": ("aarch64", ("neon",)),
+}
+_TRIPLES = {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"}
+
+
+def cpu_target(variant: str = "") -> Target:
+    """The target `cpu:<variant>`, or this machine's for "". Raises TargetError for an unknown variant."""
+    if variant in VARIANTS:
+        return _target(variant, *VARIANTS[variant])
+    if variant not in ("", "native"):
+        raise TargetError(f"target 'cpu:{variant}' is not known; have: cpu, {', '.join(f'cpu:{v}' for v in VARIANTS)}")
+    arch = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
+    if arch not in _TRIPLES:
+        raise TargetError(f"this machine's architecture {arch!r} is not supported; have: {', '.join(_TRIPLES)}")
+    known = {f for a, features in VARIANTS.values() if a == arch for f in features}
+    return _target("native", arch, tuple(sorted(host_features() & known)))
+
+
+def _target(variant: str, arch: str, features: tuple[str, ...]) -> Target:
+    tvm_target = {"kind": "llvm", "mtriple": _TRIPLES[arch], "mattr": [f"+{f}" for f in features]}
+    name = "cpu" if variant == "native" else f"cpu:{variant}"
+    return Target(name, "cpu", "vm", tvm_target, features, arch, kernels=CpuKernels(_isa(tvm_target)))
+
+
+def _isa(tvm_target: dict[str, Any]) -> Isa:
+    return Isa.from_features(codegen.llvm_get_cpu_features(tvm.target.Target(tvm_target)))
+
+
+@dataclass(frozen=True)
+class CpuKernels:
+    """The Kernels of a CPU: written out per instruction set in cpu_kernels/."""
+
+    isa: Isa
+
+    def linear(self, fmt: WeightFormat, out_features: int, in_features: int, bias: bool) -> Any:
+        kernel = cpu_kernels.linear(fmt, out_features, in_features, self.isa, bias)
+        return _described(kernel, "linear", weights=out_features * in_features)
+
+    def embedding(self, fmt: WeightFormat, vocab: int, hidden: int) -> Any:
+        return _described(cpu_kernels.embedding(fmt, vocab, hidden, self.isa), "embedding")
+
+    def rms_norm(self, hidden: int, eps: float) -> Any:
+        return _described(cpu_kernels.rms_norm(hidden, eps, self.isa), "norm")
+
+    def add_rms_norm(self, hidden: int, eps: float) -> Any:
+        return _described(cpu_kernels.add_rms_norm(hidden, eps, self.isa), "norm")
+
+    def silu_mul(self, features: int) -> Any:
+        return _described(cpu_kernels.silu_mul(features, self.isa), "activation")
+
+    def rope_append(self, num_heads: int, num_kv_heads: int, head_dim: int, page_size: int, kv_dtype: str) -> Any:
+        kernel = cpu_kernels.rope_append(num_heads, num_kv_heads, head_dim, page_size, kv_dtype, self.isa)
+        return _described(kernel, "rope")
+
+    def paged_attention(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        kv_dtype: str,
+        scale: float,
+        window: int,
+    ) -> Any:
+        sizes = (num_heads, num_kv_heads, head_dim, page_size, kv_dtype, scale, window)
+        return _described(cpu_kernels.paged_attention(*sizes, self.isa), "attention")
+
+
+def _described(kernel: Any, file: str, weights: int = 0) -> Any:
+    """Marks a kernel as finished, with what the compile report says of it."""
+    kernel = kernel.with_attr("mlcgen.how", f"kernel: targets/cpu_kernels/{file}.py")
+    return kernel.with_attr("mlcgen.flops_per_token", 2 * weights)
