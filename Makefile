@@ -9,10 +9,10 @@ DEMO := dist/smollm2-135m-gguf
 
 .PHONY: demo test lint clean
 
-# Two tokens are " Paris."; the model goes on with a new paragraph, which would be the last line printed.
+# Two tokens end the sentence; after it the model begins a new paragraph.
 demo: $(VENV)/.installed
 	$(BIN)/mlcgen compile smollm2-135m -t cpu -q gguf -o $(DEMO)
-	$(BIN)/mlcgen run $(DEMO) "The capital of France is" --max-tokens 2
+	@text=$$($(BIN)/mlcgen run $(DEMO) "The capital of France is" --max-tokens 2) && echo "The capital of France is$$text"
 
 # The kernels use all cores, so the tests run one after the other.
 test: lint
