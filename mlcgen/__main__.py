@@ -1,0 +1,7 @@
+"""`python -m mlcgen`."""
+
+import sys
+
+from mlcgen.cli import main
+
+sys.exit(main())

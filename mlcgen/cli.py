@@ -1,0 +1,294 @@
+"""The command line: one function per verb. `main` turns every error into one line on stderr and an exit status."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from typer.core import TyperCommand
+
+from mlcgen import cli_output as output
+from mlcgen.errors import MlcgenError
+
+if TYPE_CHECKING:
+    from mlcgen.runtime.sampler import SamplingParams
+
+# The verbs import what they need when they run, so that `--help` is quick and `run` needs no compiler.
+
+
+class _Command(TyperCommand):
+    """A verb: takes -v after its name too, and lets Ctrl-C through as an error of ours."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        if set(args[:end]) & {"-v", "--verbose"}:
+            output.settings.verbose = True
+            args = [arg for arg in args[:end] if arg not in ("-v", "--verbose")] + args[end:]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise MlcgenError("interrupted") from None
+
+
+app = typer.Typer(
+    name="mlcgen", add_completion=False, pretty_exceptions_enable=False, help="Compile LLMs once and run them anywhere."
+)
+_Verb = TypeVar("_Verb", bound=Callable[..., None])
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, which newer typers carry inside
+
+
+def verb(function: _Verb) -> _Verb:
+    return app.command(cls=_Command)(function)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command line (default: sys.argv) and return its exit status: 0, 1 (failed) or 2 (usage)."""
+    output.settings.verbose = False
+    try:
+        status = app(args=args, prog_name="mlcgen", standalone_mode=False)
+    except _UsageError as error:
+        return output.usage_error(error)
+    except (MlcgenError, OSError) as error:
+        return output.failure(str(error) or type(error).__name__, error)
+    except KeyboardInterrupt as error:  # before or after the verb
+        return output.failure("interrupted", error)
+    except Exception as error:
+        text = f"internal error, {type(error).__name__}: {error}"
+        return output.failure(text if output.settings.verbose else f"{text}; -v shows where", error)
+    return status if isinstance(status, int) else 0
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import mlcgen
+
+        print(f"mlcgen {mlcgen.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Times of each pass; tracebacks of errors.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    output.settings.verbose = output.settings.verbose or verbose
+
+
+Model = Annotated[str, typer.Argument(help="HF directory, .gguf, hub id, or installed model (smollm2-135m).")]
+Artifact = Annotated[Path, typer.Argument(help="Directory that `mlcgen compile` wrote.")]
+Quantization = Annotated[str, typer.Option("-q", "--quantization", help="f32, f16, bf16, q8, q4, or gguf.")]
+ContextLength = Annotated[int | None, typer.Option(min=1, help="Tokens per sequence; default: the model's.")]
+MaxBatch = Annotated[int, typer.Option(min=1, help="Sequences per step.")]
+KvDtype = Annotated[str, typer.Option(help="auto, float32, float16, or bfloat16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RunTarget = Annotated[str, typer.Option("--target", "-t", help="auto, or a target that the artifact holds.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")]
+NumPages = Annotated[int | None, typer.Option(min=1, help="KV cache size; default: what memory allows.")]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="Tokens to generate at most.")]
+Temperature = Annotated[float, typer.Option(help="0 always takes the most likely token.")]
+TopK = Annotated[int, typer.Option(help="Keep this many most likely tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(help="Keep the most likely tokens of this total probability.")]
+MinP = Annotated[float, typer.Option(help="Keep tokens at least this likely relative to the best.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+
+
+@verb
+def compile(
+    model: Model,
+    target: Annotated[list[str] | None, typer.Option("-t", "--target", help="Default: cpu. Repeatable.")] = None,
+    quantization: Quantization = "q4",
+    out: Annotated[Path | None, typer.Option("-o", "--output", help="Default: dist/<model>-<quant>.")] = None,
+    context_length: ContextLength = None,
+    max_batch: MaxBatch = 64,
+    kv_dtype: KvDtype = "auto",
+    page_size: Annotated[int, typer.Option(min=1, max=256, help="Tokens per page of the KV cache.")] = 16,
+    dump_ir: Annotated[Path | None, typer.Option(help="Write the module after each pass here.")] = None,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="From config alone.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile a model into an artifact."""
+    import mlcgen
+
+    with output.Progress() as progress:
+        path = mlcgen.compile(
+            model,
+            target or ["cpu"],
+            quantization,
+            out,
+            context_length=context_length,
+            max_batch=max_batch,
+            kv_dtype=kv_dtype,
+            page_size=page_size,
+            dump_ir=dump_ir,
+            random_weights=random_weights,
+            progress=progress.update,
+            log=output.log if output.settings.verbose else None,
+        )
+    output.compiled(path, as_json)
+
+
+@verb
+def run(
+    artifact: Artifact,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Several make one batch.")],
+    target: RunTarget = "auto",
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Ends the text; repeat for several.")] = None,
+    logprobs: Annotated[int | None, typer.Option(min=1, help="With --json: the best tokens of each step.")] = None,
+    num_pages: NumPages = None,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Sequences per step; default: as compiled.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Complete prompts; one prompt streams, several run as one batch."""
+    from mlcgen.runtime.llm import LLM
+    from mlcgen.runtime.sampler import SamplingParams
+
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        max_tokens=max_tokens,
+        stop=stop or None,
+        logprobs=logprobs,
+    )
+    with output.waiting("loading"):
+        llm = LLM(artifact, target, num_pages, max_batch, threads)
+    if len(prompts) == 1 and not as_json:
+        return output.stream(llm.stream(prompts[0], params))
+    outputs = llm.generate(prompts, params)
+    output.completions(outputs, logprobs, as_json)
+    if any(each.error for each in outputs):
+        raise typer.Exit(1)
+
+
+@verb
+def chat(
+    artifact: Artifact,
+    system: Annotated[str | None, typer.Option(help="Instructions before the first message.")] = None,
+    target: RunTarget = "auto",
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    num_pages: NumPages = None,
+    threads: Threads = None,
+) -> None:
+    """Talk with a model. /reset forgets, /exit or end of input leaves, Ctrl-C stops an answer."""
+    from mlcgen.runtime.llm import LLM
+    from mlcgen.runtime.sampler import SamplingParams
+
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=max_tokens
+    )
+    with output.waiting("loading"):
+        llm = LLM(artifact, target, num_pages, 1, threads)
+    _converse(llm, params, [{"role": "system", "content": system}] if system else [])
+
+
+def _converse(llm: Any, params: "SamplingParams", opening: list[dict[str, Any]]) -> None:
+    messages = list(opening)
+    while (line := output.ask("> ")) not in (None, "/exit"):
+        if line == "/reset":
+            messages = list(opening)
+        elif line and line.strip():
+            messages = _answered(llm, params, [*messages, {"role": "user", "content": line}])
+
+
+def _answered(llm: Any, params: "SamplingParams", messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation with the model's answer, or without the last message if the model cannot answer it."""
+    parts: list[str] = []
+    try:
+        output.stream(llm.stream(llm.tokenizer.encode_chat(messages), params), parts)
+    except KeyboardInterrupt:
+        print()
+    except MlcgenError as error:
+        output.failure(str(error), error)
+        return messages[:-1]
+    return [*messages, {"role": "assistant", "content": "".join(parts)}]
+
+
+@verb
+def eval(
+    artifact: Artifact,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to score.")] = None,
+    ids: Annotated[Path | None, typer.Option(help="Token ids to score: JSON, [1, 2, ...].")] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per independent window.")] = 512,
+    target: RunTarget = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a text over non-overlapping windows."""
+    if (text is None) == (ids is None):
+        raise typer.BadParameter("give one of --text FILE and --ids FILE")
+    from mlcgen.evaluate import perplexity, read_ids, read_text
+    from mlcgen.runtime.load import load_executor
+
+    with output.waiting("loading"):
+        model = load_executor(artifact, target=target, num_threads=threads)
+    tokens = read_ids(ids) if ids else read_text(model, text or Path())
+    with output.Progress() as progress:
+        result = perplexity(model.executor, tokens, window, lambda done, total: progress.update("scoring", done, total))
+    output.values(dict(result), as_json)
+
+
+@verb
+def verify(
+    artifact: Artifact,
+    model: Annotated[str | None, typer.Option(help="The source, if it has moved since compiling.")] = None,
+    target: RunTarget = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compare the numbers with the un-optimised reference build; the artifact keeps the result."""
+    from mlcgen.verify import verify as run_verify
+
+    with output.Progress() as progress:
+        result = run_verify(artifact, model, target, progress.update)
+    output.values(result, as_json)
+    if not result["passed"]:
+        raise MlcgenError(
+            f"{artifact} is further from its reference than {result['quantization']} may be; recompile it"
+        )
+
+
+@verb
+def inspect(artifact: Artifact, as_json: Json = False) -> None:
+    """What an artifact holds: targets, weights, kernels and how each was made, fallbacks as warnings."""
+    from mlcgen.artifact import read_manifest, read_report
+
+    output.inspection(read_manifest(artifact), read_report(artifact), as_json)
+
+
+@verb
+def plan(
+    model: Model,
+    quantization: Quantization = "q4",
+    context_length: ContextLength = None,
+    max_batch: MaxBatch = 64,
+    kv_dtype: KvDtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Will it fit: weights, KV cache and workspace against this machine's free memory, before compiling."""
+    from mlcgen.plan import plan_model
+
+    output.plan(plan_model(model, quantization, context_length, max_batch, kv_dtype), as_json)
+
+
+@verb
+def devices(as_json: Json = False) -> None:
+    """What this machine can compile for and run, and what is missing for the rest."""
+    from mlcgen.devices import devices as find_devices
+
+    output.devices(find_devices(), as_json)
