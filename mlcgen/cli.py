@@ -31,6 +31,9 @@ class _Command(TyperCommand):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise MlcgenError("interrupted") from None
+        except _UsageError as error:
+            error.ctx = ctx  # type: ignore[attr-defined]
+            raise
 
 
 app = typer.Typer(
@@ -149,6 +152,8 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Complete prompts; one prompt streams, several run as one batch."""
+    if logprobs is not None and not as_json:
+        raise typer.BadParameter("--logprobs needs --json")
     from mlcgen.runtime.llm import LLM
     from mlcgen.runtime.sampler import SamplingParams
 
@@ -166,7 +171,8 @@ def run(
         llm = LLM(artifact, target, num_pages, max_batch, threads)
     if len(prompts) == 1 and not as_json:
         return output.stream(llm.stream(prompts[0], params))
-    outputs = llm.generate(prompts, params)
+    with output.waiting("generating"):
+        outputs = llm.generate(prompts, params)
     output.completions(outputs, logprobs, as_json)
     if any(each.error for each in outputs):
         raise typer.Exit(1)
@@ -213,7 +219,7 @@ def _answered(llm: Any, params: "SamplingParams", messages: list[dict[str, Any]]
     try:
         output.stream(llm.stream(llm.tokenizer.encode_chat(messages), params), parts)
     except KeyboardInterrupt:
-        print()
+        pass
     except MlcgenError as error:
         output.failure(str(error), error)
         return messages[:-1]
@@ -238,6 +244,8 @@ def eval(
 
     with output.waiting("loading"):
         model = load_executor(artifact, target=target, num_threads=threads)
+    if window > model.context_length:
+        raise MlcgenError(f"--window {window} is beyond the artifact's context of {model.context_length}; lower it")
     tokens = read_ids(ids) if ids else read_text(model, text or Path())
     with output.Progress() as progress:
         result = perplexity(model.executor, tokens, window, lambda done, total: progress.update("scoring", done, total))

@@ -108,11 +108,16 @@ def waiting(what: str) -> AbstractContextManager[Any]:
 
 def stream(deltas: Iterable["Delta"], parts: list[str] | None = None) -> None:
     """Print a completion as it comes, keeping it in `parts` too."""
-    for delta in deltas:
-        print(delta.text, end="", flush=True)
-        if parts is not None:
-            parts.append(delta.text)
-    print()
+    started = False
+    try:
+        for delta in deltas:
+            print(delta.text, end="", flush=True)
+            started = started or delta.finish_reason != "error"
+            if parts is not None:
+                parts.append(delta.text)
+    finally:
+        if started:
+            print()
 
 
 def completions(outputs: Sequence["RequestOutput"], num_logprobs: int | None, as_json: bool) -> None:
@@ -206,7 +211,7 @@ def _print_manifest(manifest: Mapping[str, Any]) -> None:
     lines = {
         "name": manifest["name"],
         "model": f"{model['model_type']}, {layers}",
-        "source": manifest["source"],
+        "source": manifest.get("source"),
         "quantization": f"{manifest['quantization']}, {size} of weights",
         "KV cache": f"{kv['dtype']}, {kv['page_size']} tokens per page",
         "context": f"{manifest['context_length']} tokens, {manifest['max_batch']} sequences per step",

@@ -1,12 +1,12 @@
 """What this machine can compile for and run; for each "no", what is missing and how to get it."""
 
 import importlib.util
-import platform
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mlcgen.runtime.cpu import host_features
+from mlcgen.runtime.cpu import host_cpu_name, host_features
 
 __all__ = ["Device", "devices"]
 
@@ -44,16 +44,15 @@ def _cpu() -> Device:
     if not _has_linker():
         to_compile.append(Missing("a linker", "pip install 'mlcgen[cross]', or install a C compiler"))
     missing = [*to_run, *to_compile]
-    return Device("cpu", _cpu_name(), not missing, not to_run, sorted(host_features()), missing)
+    features = _used_features() if _installed("tvm") else host_features()
+    return Device("cpu", host_cpu_name(), not missing, not to_run, sorted(features), missing)
 
 
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+def _used_features() -> Iterable[str]:
+    """Those of this CPU's many features that our code is generated for."""
+    from mlcgen.targets.cpu import cpu_target
+
+    return cpu_target().features
 
 
 def _has_linker() -> bool:

@@ -69,7 +69,7 @@ def read_text(model: "LoadedModel", path: Path) -> list[int]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not UTF-8 text ({error}); convert it") from error
-    return Tokenizer(model.tokenizer_path, model.tokenizer_config).encode(text)
+    return Tokenizer(model.tokenizer_path, dict(model.tokenizer_config)).encode(text)
 
 
 def _checked(executor: Executor, ids: Sequence[int], window: int) -> Int32:

@@ -1,7 +1,6 @@
 """Will it fit? Weights, KV cache and workspace from a model's config alone, before anything is compiled."""
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from mlcgen.errors import MlcgenError
 from mlcgen.formats import WeightFormat
 from mlcgen.models.config import DecoderConfig
 
-__all__ = ["QUANTIZATIONS", "Plan", "free_memory", "kv_bytes_per_token", "make_plan", "plan_model", "weight_bytes"]
+__all__ = ["QUANTIZATIONS", "Plan", "kv_bytes_per_token", "make_plan", "plan_model", "weight_bytes"]
 
 QUANTIZATIONS: Mapping[str, WeightFormat] = {
     "f32": formats.F32,
@@ -73,6 +72,7 @@ def plan_model(
     """
     from mlcgen.checkpoint import open_checkpoint
     from mlcgen.models import parse_config
+    from mlcgen.runtime.load import free_memory
 
     checkpoint = open_checkpoint(model, weights=False)
     config = parse_config(checkpoint.config)
@@ -142,16 +142,6 @@ def workspace_bytes(config: DecoderConfig, max_batch: int) -> int:
     """Activations that are alive at once in the widest place of a layer, and the logits."""
     widest = 2 * config.hidden_size + max(config.q_size + 2 * config.kv_size, 3 * config.intermediate_size)
     return 4 * (TOKENS_PER_STEP * widest + max_batch * config.vocab_size)
-
-
-def free_memory() -> int:
-    """Bytes that a new process can use without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _tensors(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -81,6 +81,7 @@ USAGE_ERRORS = [
     "run an-artifact",
     "run an-artifact prompt --max-tokens many",
     "run an-artifact prompt --logprobs 0",
+    "run an-artifact prompt --logprobs 3",
     "eval an-artifact",
     "eval an-artifact --text a --ids b",
     "eval an-artifact --ids b --window 1",
@@ -95,7 +96,8 @@ def test_usage_errors_are_one_line_and_exit_2(line: str, capsys: pytest.CaptureF
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
-    assert "--help" in captured.err
+    verb = line.split()[0] if line.startswith(("compile", "run", "eval", "inspect", "plan")) else ""
+    assert captured.err.endswith(f"; see mlcgen {verb} --help\n".replace("  ", " "))
 
 
 FAILURES = [
@@ -256,8 +258,13 @@ def test_eval_text_and_ids_agree(artifact: str, tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize("option", ["--text", "--ids"])
 def test_eval_of_a_missing_file(option: str, artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", artifact, option, "no-such-file"]) == 1
+    assert main(["eval", artifact, option, "no-such-file", "--window", "4"]) == 1
     assert "no-such-file" in capsys.readouterr().err
+
+
+def test_eval_window_beyond_the_context(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", artifact, "--ids", "any", "--window", "33"]) == 1
+    assert "--window 33" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("passed", "status"), [(True, 0), (False, 1)])
