@@ -5,12 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+
 from mlcgen.checkpoint.base import Array, Checkpoint, Grouped, TensorInfo, Tokenizer
-from mlcgen.checkpoint.safetensors import FLOATS, Entry, read_entries, read_floats
+
 from mlcgen.errors import CheckpointError, UnsupportedError
+from mlcgen.safetensors import Entry, read_entries, read_tensor
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BUFFERS = ("I64", "U64", "I32", "U32", "I16", "U16", "I8", "U8", "BOOL")  # position ids, masks: never parameters
+FLOATS: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -35,7 +40,8 @@ def open_hf(path: Path, weights: bool = True) -> Checkpoint:
         return parameters[name]
 
     def read(name: str) -> Array:
-        return read_floats(find(name))
+        entry = find(name)
+        return read_tensor(entry, FLOATS[entry.dtype])
 
     def read_grouped(name: str) -> Grouped:
         raise UnsupportedError(f"{name} is stored as {_DTYPES[find(name).dtype]}, not in blocks; read it as floats")

@@ -2,15 +2,15 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
-from mlcgen.checkpoint.base import Array
 from mlcgen.errors import CheckpointError
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
@@ -20,7 +20,6 @@ BITS = {
     "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E3M2": 6, "F6_E2M3": 6,
     "F4": 4,
 }  # fmt: skip
-FLOATS: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,8 @@ def read_entries(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def read_floats(entry: Entry) -> Array:
-    """One F32, F16 or BF16 tensor, in memory of its own."""
-    storage = np.dtype(FLOATS[entry.dtype])
+def read_tensor(entry: Entry, storage: npt.DTypeLike) -> npt.NDArray[Any]:
+    """One tensor, in memory of its own, as the NumPy dtype that its bytes stand for."""
     try:
         # Straight into the array: a mapping would count the file's pages on top of the copy.
         raw = np.fromfile(entry.path, np.uint8, entry.num_bytes, offset=entry.offset)
@@ -63,8 +61,7 @@ def read_floats(entry: Entry) -> Array:
         raise CheckpointError(f"cannot read {entry.path}: {error.strerror or error}") from error
     if len(raw) != entry.num_bytes:
         raise _damaged(entry.path, "it became shorter after it was opened")
-    values: Array = raw.view(storage).reshape(entry.shape)
-    return values
+    return raw.view(storage).reshape(entry.shape)
 
 
 def _damaged(path: Path, problem: str) -> CheckpointError:
@@ -124,3 +121,27 @@ def _check_coverage(path: Path, entries: dict[str, Entry], start: int, size: int
             raise _damaged(path, f"tensor {name[:80]!r} ends at byte {end} but the file has {size}")
     if end != size:
         raise _damaged(path, f"its tensors end at byte {end} but the file has {size}")
+
+
+ALIGNMENT = 64  # bytes; generated code loads whole vectors
+PADDING = "__padding"  # names of the tensors that fill gaps, which the format itself does not allow
+
+
+def layout(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> tuple[bytes, dict[str, int]]:
+    """The file's start (length and header) and each tensor's offset in the file, all aligned to 64 bytes.
+
+    tensors: name -> (shape, dtype as safetensors calls it), in file order.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, (shape, dtype) in tensors.items():
+        num_bytes = prod(shape) * BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + num_bytes]}
+        end += num_bytes
+        if gap := -end % ALIGNMENT:
+            header[f"{PADDING}{end}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]}
+            end += gap
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    start = len(text) + 8
+    return len(text).to_bytes(8, "little") + text, {name: start + header[name]["data_offsets"][0] for name in tensors}

@@ -1,0 +1,270 @@
+"""The whole story on one page: checkpoint -> IRModule -> passes -> target -> artifact."""
+
+import dataclasses
+import errno
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import IRModule, relax
+
+from mlcgen import artifact, passes, report, weights
+from mlcgen.checkpoint import Checkpoint, open_checkpoint
+from mlcgen.errors import CompileError, UnsupportedError
+from mlcgen.link import link_library
+from mlcgen.models import parse_config
+from mlcgen.models.config import DecoderConfig
+from mlcgen.models.layers import export
+from mlcgen.passes.lift_weights import Lifted, lift_weights
+from mlcgen.passes.paged_attention import KvLayout
+from mlcgen.passes.quantize import WeightSource
+from mlcgen.passes.rewrite import FORWARD, static_shape
+from mlcgen.runtime.vm_executor import installed_runtime_library
+from mlcgen.targets import resolve
+from mlcgen.targets.base import Target
+
+MAX_TOKENS_PER_STEP = 512
+KV_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a compile was asked for, with every default resolved."""
+
+    quantization: str
+    context_length: int
+    max_batch: int
+    kv: KvLayout
+
+
+def compile(
+    model: str | Path,
+    targets: Sequence[str] = ("cpu",),
+    quantization: str = "q4",
+    output: str | Path | None = None,
+    *,
+    context_length: int | None = None,
+    max_batch: int = 64,
+    kv_dtype: str = "auto",
+    page_size: int = 16,
+    dump_ir: str | Path | None = None,
+    random_weights: bool = False,
+    progress: Progress | None = None,
+    log: Callable[[str], None] | None = None,
+) -> Path:
+    """Compile `model` (an HF directory, a .gguf file, a hub id or a model package's name) into an artifact directory.
+
+    targets: such as "cpu", "cpu:x86-64-v3". quantization: f32, f16, bf16, q8, q4 or gguf. context_length: tokens of
+    the longest sequence, at most and by default the model's. max_batch: sequences in one step. kv_dtype: float32,
+    float16, bfloat16 or auto (float32 for f32, else float16). page_size: tokens per KV page, 1 to 256. dump_ir: a
+    directory for the module after each pass. random_weights: needs the config alone. progress: called with
+    (stage, done, total); log: with a line per pass. Returns the artifact's path.
+
+    Raises CheckpointError, UnsupportedError, TargetError or CompileError; nothing is left behind then.
+    """
+    progress = progress or (lambda stage, done, total: None)
+    resolved = [resolve(name) for name in dict.fromkeys(targets)]
+    progress("reading", 0, 1)
+    checkpoint = open_checkpoint(model, weights=not random_weights)
+    config = parse_config(checkpoint.config)
+    options = _options(config, quantization, context_length, max_batch, kv_dtype, page_size)
+    path = Path(output) if output else Path("dist") / f"{checkpoint.name}-{quantization}"
+    try:
+        with artifact.new_artifact(path) as staging:
+            observe = _Observer(log, Path(dump_ir) if dump_ir else None)
+            _build(checkpoint, config, options, resolved, staging, random_weights, progress, observe)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise CompileError(f"no space left on the disk of {path.parent}; nothing was written") from error
+        raise
+    return path
+
+
+def _build(
+    checkpoint: Checkpoint,
+    config: DecoderConfig,
+    options: Options,
+    targets: Sequence[Target],
+    staging: Path,
+    random_weights: bool,
+    progress: Progress,
+    observe: "_Observer",
+) -> None:
+    progress("reading", 1, 1)
+    mod, names = export(config)
+    shapes = {name: static_shape(p) for name, p in zip(names, mod[FORWARD].params[2:], strict=True)}
+    dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
+    if random_weights:
+        dtypes = dict.fromkeys(shapes, "float32")
+    else:
+        weights.check_parameters(checkpoint, shapes)
+    plan, fallbacks = weights.storage_plan(options.quantization, shapes, dtypes)
+    lifted, reports, entries = None, {}, []
+    for number, target in enumerate(targets):
+        progress(f"compiling for {target.name}", number, len(targets))
+        lifted, lines = _compile_target(mod, plan, options, target, staging, observe)
+        reports[target.name] = {**lines, "fallbacks": [*fallbacks, *lines["fallbacks"]]}
+        entries.append(_target_entry(target, staging))
+    progress(f"compiling for {targets[-1].name}", len(targets), len(targets))
+    assert lifted is not None
+    vm = build_functions(lifted.transform_module, observe)
+    read = weights.random_reader(shapes) if random_weights else weights.checkpoint_reader(checkpoint)
+    file = staging / artifact.WEIGHTS
+    weights.convert_weights(lifted, vm, read, file, lambda done, total: progress("weights", done, total))
+    _write_tokenizer(checkpoint, staging)
+    artifact.write_json(staging / artifact.REPORT, reports)
+    manifest = _manifest(checkpoint, config, options, lifted, entries, staging)
+    artifact.write_json(staging / artifact.MANIFEST, manifest)
+
+
+def _compile_target(
+    mod: IRModule,
+    plan: Mapping[str, WeightSource],
+    options: Options,
+    target: Target,
+    staging: Path,
+    observe: "_Observer",
+) -> tuple[Lifted, dict[str, Any]]:
+    """Passes and code generation; writes the library."""
+    bounds = {"n": MAX_TOKENS_PER_STEP, "rows": MAX_TOKENS_PER_STEP, "seqs": options.max_batch}
+    pass_options = passes.PassOptions(plan, options.kv, bounds)
+    lifted = lift_weights(passes.run(mod, passes.model_pipeline(target, pass_options), target, observe))
+    scheduled: list[IRModule] = []
+
+    def observe_schedule(name: str, module: IRModule) -> None:
+        observe(name, module)
+        if name == "schedule":
+            scheduled.append(module)
+
+    lowered = passes.run(lifted.forward, passes.lowering_pipeline(bounds), target, observe_schedule)
+    link_library(_generate(lowered, target, observe), staging / artifact.library_file(target.name), target.arch)
+    return lifted, report.kernels(scheduled[0], len(lifted.weights))
+
+
+def build_functions(mod: IRModule, observe: Callable[[str, IRModule], None]) -> Any:
+    """A VM on this machine's CPU with the module's functions, for work that belongs to compiling itself."""
+    target = resolve("cpu")
+    executable = _generate(passes.run(mod, passes.lowering_pipeline(), target, observe), target, observe)
+    return relax.VirtualMachine(executable, tvm.cpu())
+
+
+def _generate(mod: IRModule, target: Target, observe: Callable[[str, IRModule], None]) -> Any:
+    executable = tvm.compile(mod, target=tvm.target.Target(target.tvm), relax_pipeline=None, tir_pipeline="default")
+    observe("generate code", mod)
+    return executable
+
+
+def _options(
+    config: DecoderConfig, quantization: str, context: int | None, max_batch: int, kv_dtype: str, page_size: int
+) -> Options:
+    if quantization not in weights.QUANTIZATIONS:
+        have = ", ".join(weights.QUANTIZATIONS)
+        raise UnsupportedError(f"quantization {quantization!r} is not supported; have: {have}")
+    limit = config.max_position_embeddings
+    if context is not None and not 1 <= context <= limit:
+        raise UnsupportedError(f"--context-length {context} is not between 1 and the model's {limit}")
+    if not 1 <= page_size <= 256:
+        raise UnsupportedError(f"--page-size {page_size} is not between 1 and 256")
+    if not 1 <= max_batch <= MAX_TOKENS_PER_STEP:
+        raise UnsupportedError(f"--max-batch {max_batch} is not between 1 and {MAX_TOKENS_PER_STEP}")
+    if kv_dtype == "auto":
+        kv_dtype = "float32" if quantization == "f32" else "float16"
+    kv_dtype = KV_DTYPES.get(kv_dtype, kv_dtype)
+    if kv_dtype not in KV_DTYPES.values():
+        raise UnsupportedError(f"--kv-dtype {kv_dtype!r} is not supported; have: auto, {', '.join(KV_DTYPES.values())}")
+    layout = KvLayout(config.num_kv_heads, config.head_dim, page_size, kv_dtype)
+    return Options(quantization, context or limit, max_batch, layout)
+
+
+def _target_entry(target: Target, staging: Path) -> dict[str, Any]:
+    file = artifact.library_file(target.name)
+    return {
+        "name": target.name,
+        "kind": target.kind,
+        "arch": target.arch,
+        "features": list(target.features),
+        "executor": target.executor,
+        "file": file,
+        "sha256": artifact.sha256(staging / file),
+    }
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    config: DecoderConfig,
+    options: Options,
+    lifted: Lifted,
+    targets: list[dict[str, Any]],
+    staging: Path,
+) -> dict[str, Any]:
+    file = staging / artifact.WEIGHTS
+    func = lifted.forward[FORWARD]
+    inputs = [p.name for p in func.params[: len(func.params) - len(lifted.weights)] if not p.name.startswith("pages_")]
+    kv = {**dataclasses.asdict(options.kv), "num_layers": config.num_layers}
+    return {
+        "schema_version": artifact.SCHEMA_VERSION,
+        "name": checkpoint.name,
+        "model": {**dataclasses.asdict(config), "eos_token_ids": _eos_token_ids(checkpoint)},
+        "quantization": options.quantization,
+        "kv": kv,
+        "context_length": options.context_length,
+        "max_batch": options.max_batch,
+        "max_tokens_per_step": MAX_TOKENS_PER_STEP,
+        "entry": {"name": FORWARD, "inputs": inputs, "weights": lifted.weights},
+        "targets": targets,
+        "runtime_libraries": _carry_runtime(targets, staging),
+        "weights": [{"file": artifact.WEIGHTS, "sha256": artifact.sha256(file), "bytes": file.stat().st_size}],
+        "versions": {name: version(name) for name in ("mlcgen", "apache-tvm", "apache-tvm-ffi")},
+        "source": checkpoint.name,
+        "verify": None,
+    }
+
+
+def _carry_runtime(targets: Sequence[Mapping[str, Any]], staging: Path) -> list[dict[str, Any]]:
+    """The runtime library for this machine's architecture: 3 MB that make the artifact run without the compiler."""
+    import platform
+
+    arch, library = platform.machine(), installed_runtime_library()
+    if library is None or arch not in {t["arch"] for t in targets}:
+        return []
+    file = artifact.runtime_library_file(arch)
+    (staging / file).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(library, staging / file)
+    return [{"arch": arch, "file": file, "sha256": artifact.sha256(staging / file)}]
+
+
+def _eos_token_ids(checkpoint: Checkpoint) -> list[int]:
+    found: list[int] = []
+    for field in ("eos_token_id", "generation_eos_token_id"):
+        value = checkpoint.config.get(field)
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return sorted({int(token) for token in found})
+
+
+def _write_tokenizer(checkpoint: Checkpoint, staging: Path) -> None:
+    if checkpoint.tokenizer.tokenizer_json is not None:
+        (staging / artifact.TOKENIZER).write_bytes(checkpoint.tokenizer.tokenizer_json)
+    artifact.write_json(staging / artifact.TOKENIZER_CONFIG, dict(checkpoint.tokenizer.config))
+
+
+class _Observer:
+    """Times each pass and writes the module after it, where asked to."""
+
+    def __init__(self, log: Callable[[str], None] | None, dump: Path | None) -> None:
+        self.log, self.dump, self.count, self.last = log, dump, 0, time.perf_counter()
+        if dump:
+            dump.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, name: str, mod: IRModule) -> None:
+        if self.log:
+            self.log(f"{name:<24} {time.perf_counter() - self.last:7.3f} s")
+        if self.dump:
+            (self.dump / f"{self.count:02d}_{name.replace(' ', '_')}.py").write_text(mod.script())
+        self.count += 1
+        self.last = time.perf_counter()

@@ -1,0 +1,102 @@
+"""The `vm` executor: a compiled Relax function run by TVM's small runtime library, through tvm_ffi alone."""
+
+import ctypes
+import importlib.util
+import mmap
+import os
+import sys
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlcgen.errors import ArtifactError, RequestError
+from mlcgen.runtime.cpu import usable_cores
+from mlcgen.runtime.executor import Float32, StepInput
+from mlcgen.safetensors import ALIGNMENT
+
+KV_STORAGE = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
+_CPU, _POOLED = 1, 2  # DLPack device type; the VM's pooled allocator
+
+
+def load_runtime_library(carried: Path | None) -> None:
+    """TVM's runtime library: the installed one of the version we pin, else the artifact's own copy."""
+    if "tvm" in sys.modules:  # the compiler brought it
+        return
+    path = installed_runtime_library() or carried
+    if path is None:
+        raise ArtifactError("TVM's runtime library is neither in this artifact nor installed; pip install apache-tvm")
+    import tvm_ffi  # noqa: F401  (the library's symbols come from it)
+
+    try:
+        ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise ArtifactError(f"cannot load {path}: {error}") from error
+
+
+def installed_runtime_library() -> Path | None:
+    spec = importlib.util.find_spec("tvm")
+    if spec is None or spec.origin is None:
+        return None
+    found = sorted(Path(spec.origin).parent.rglob("libtvm_runtime.so"))
+    return found[0] if found else None
+
+
+class VmExecutor:
+    """One CPU. Call it from a single thread: TVM's worker threads belong to the thread that starts them."""
+
+    def __init__(
+        self,
+        library: Path,
+        manifest: Mapping[str, Any],
+        weights: Mapping[str, npt.NDArray[Any]],
+        num_pages: int,
+        num_threads: int | None = None,
+    ) -> None:
+        threads = num_threads or usable_cores()
+        os.environ.setdefault("TVM_NUM_THREADS", str(threads))  # read when the first kernel runs
+        import tvm_ffi
+
+        self._tensor = tvm_ffi.from_dlpack
+        model, kv = manifest["model"], manifest["kv"]
+        self.num_pages, self.page_size = num_pages, int(kv["page_size"])
+        self.vocab_size = int(model["vocab_size"])
+        self.max_tokens_per_step = int(manifest["max_tokens_per_step"])
+        self._vm = tvm_ffi.load_module(str(library))["vm_load_executable"]()
+        self._vm["vm_initialization"](_CPU, 0, _POOLED)
+        self._forward = self._vm[manifest["entry"]["name"]]
+        if num_threads:
+            tvm_ffi.get_global_func("runtime.config_threadpool")(1, num_threads)
+        shape = (num_pages, 2, int(kv["num_kv_heads"]), self.page_size, int(kv["head_dim"]))
+        pages = [_zero_pages(shape, KV_STORAGE[kv["dtype"]]) for _ in range(int(kv["num_layers"]))]
+        self._pages = [self._tensor(page) for page in pages]
+        self._weights = [self._tensor(weights[name]) for name in manifest["entry"]["weights"]]
+        self._inputs: list[str] = list(manifest["entry"]["inputs"])
+
+    def step(self, batch: StepInput) -> Float32:
+        """See Executor.step."""
+        if len(batch.input_ids) > self.max_tokens_per_step:
+            raise RequestError(f"{len(batch.input_ids)} tokens in one step, {self.max_tokens_per_step} were compiled")
+        wanted = len(batch.logit_rows)
+        rows = batch.logit_rows if wanted else np.zeros(1, np.int32)  # the output matrix takes at least one row
+        arrays = [rows if name == "logit_rows" else getattr(batch, name) for name in self._inputs]
+        logits = self._forward(*(self._tensor(_aligned(a)) for a in arrays), *self._pages, *self._weights)
+        return np.from_dlpack(logits)[:wanted]
+
+
+def _zero_pages(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+    """Zeros on a memory page's border (generated code loads aligned vectors); no memory is used until written to."""
+    size = prod(shape) * np.dtype(dtype).itemsize
+    return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)
+
+
+def _aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A copy that starts at a multiple of 64 bytes, as generated code expects."""
+    raw = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
