@@ -34,6 +34,10 @@ class _Command(TyperCommand):
         except _UsageError as error:
             error.ctx = ctx  # type: ignore[attr-defined]
             raise
+        except Exception as error:
+            if output.settings.interrupted:
+                raise MlcgenError("interrupted") from error
+            raise
 
 
 app = typer.Typer(
@@ -50,12 +54,16 @@ def verb(function: _Verb) -> _Verb:
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line (default: sys.argv) and return its exit status: 0, 1 (failed) or 2 (usage)."""
     output.settings.verbose = False
+    output.notice_interrupts()
     try:
         status = app(args=args, prog_name="mlcgen", standalone_mode=False)
     except _UsageError as error:
         return output.usage_error(error)
     except (MlcgenError, OSError) as error:
-        return output.failure(str(error) or type(error).__name__, error)
+        status = output.failure(str(error) or type(error).__name__, error)
+        if output.settings.interrupted:
+            output.silence_stderr()
+        return status
     except KeyboardInterrupt as error:  # before or after the verb
         return output.failure("interrupted", error)
     except Exception as error:
@@ -216,6 +224,7 @@ def _converse(llm: Any, params: "SamplingParams", opening: list[dict[str, Any]])
 def _answered(llm: Any, params: "SamplingParams", messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The conversation with the model's answer, or without the last message if the model cannot answer it."""
     parts: list[str] = []
+    output.settings.interrupted = False
     try:
         output.stream(llm.stream(llm.tokenizer.encode_chat(messages), params), parts)
     except KeyboardInterrupt:
@@ -223,6 +232,9 @@ def _answered(llm: Any, params: "SamplingParams", messages: list[dict[str, Any]]
     except MlcgenError as error:
         output.failure(str(error), error)
         return messages[:-1]
+    except Exception:
+        if not output.settings.interrupted:
+            raise
     return [*messages, {"role": "assistant", "content": "".join(parts)}]
 
 

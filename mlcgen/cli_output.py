@@ -2,13 +2,16 @@
 
 import contextlib
 import json
+import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 @dataclass
 class Settings:
     verbose: bool = False
+    interrupted: bool = False  # Ctrl-C was pressed; TVM may make an error of its own from the KeyboardInterrupt
 
 
 settings = Settings()
@@ -42,6 +46,26 @@ def usage_error(error: Any) -> int:
     command = error.ctx.command_path if error.ctx else "mlcgen"
     log(f"{command}: {_one_line(error.format_message()).rstrip('.')}; see {command} --help")
     return 2
+
+
+def notice_interrupts() -> None:
+    """Ctrl-C raises KeyboardInterrupt as ever, and is remembered in `settings`."""
+    settings.interrupted = False
+    is_ours_to_set = threading.current_thread() is threading.main_thread()
+    if is_ours_to_set and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    settings.interrupted = True
+    raise KeyboardInterrupt
+
+
+def silence_stderr() -> None:
+    """Keep native libraries from talking while an interrupted process takes down what they were building."""
+    sys.stderr.flush()
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
 
 
 def warning(message: str) -> None:

@@ -13,6 +13,7 @@ from mlcgen.models.config import DecoderConfig
 
 __all__ = ["QUANTIZATIONS", "Plan", "kv_bytes_per_token", "make_plan", "plan_model", "weight_bytes"]
 
+# mlcgen.weights has these tables too; a test holds them together, because importing that brings the compiler.
 QUANTIZATIONS: Mapping[str, WeightFormat] = {
     "f32": formats.F32,
     "f16": formats.F16,
@@ -27,10 +28,15 @@ STORED: Mapping[str, WeightFormat] = {
     "bfloat16": formats.BF16,
     "q4_0": formats.Q4,
     "q4_1": formats.grouped(4, has_minimum=True),
+    "q5_0": formats.Q8,
+    "q5_1": formats.grouped(8, has_minimum=True),
     "q8_0": formats.Q8,
+    "q4_k": formats.grouped(4, has_minimum=True),
+    "q5_k": formats.grouped(8, has_minimum=True),
+    "q6_k": formats.grouped(8, group=16),
 }
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "uint8": 1}
-KV_DTYPES = ("float32", "float16", "bfloat16")
+KV_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 TOKENS_PER_STEP = 512  # a step's share of the prompt that the estimate assumes
 
 
@@ -174,19 +180,20 @@ def _format(quantization: str, name: str, k: int, stored: Mapping[str, str]) -> 
     if quantization == GGUF:
         if name not in stored:
             raise MlcgenError("-q gguf keeps the blocks of a .gguf file, which this model is not; choose another -q")
-        fmt = STORED.get(stored[name], formats.Q8)  # blocks without a kernel of their own are made 8-bit
+        fmt = STORED[stored[name]]
     elif quantization in QUANTIZATIONS:
         fmt = QUANTIZATIONS[quantization]
     else:
-        raise MlcgenError(f"quantization {quantization!r} is not known; have: {', '.join([*QUANTIZATIONS, GGUF])}")
+        raise MlcgenError(f"quantization {quantization!r} is not supported; have: {', '.join([*QUANTIZATIONS, GGUF])}")
     return formats.F16 if fmt.is_grouped and k % fmt.group else fmt
 
 
 def _kv_dtype(kv_dtype: str, quantization: str) -> str:
     if kv_dtype == "auto":
         return "float32" if quantization == "f32" else "float16"
-    if kv_dtype not in KV_DTYPES:
-        raise MlcgenError(f"--kv-dtype {kv_dtype!r} is not known; have: auto, {', '.join(KV_DTYPES)}")
+    kv_dtype = KV_DTYPES.get(kv_dtype, kv_dtype)
+    if kv_dtype not in KV_DTYPES.values():
+        raise MlcgenError(f"--kv-dtype {kv_dtype!r} is not supported; have: auto, {', '.join(KV_DTYPES.values())}")
     return kv_dtype
 
 

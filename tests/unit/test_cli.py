@@ -245,6 +245,24 @@ def test_ctrl_c_during_run(artifact: str, monkeypatch, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == "mlcgen: interrupted\n"
 
 
+def test_ctrl_c_that_a_library_turned_into_its_own_error() -> None:
+    """Seen with TVM: a RuntimeError without a word instead of the KeyboardInterrupt, and chatter at the end."""
+    code = """
+import atexit, os, signal, sys, mlcgen
+from mlcgen.cli import main
+def compile(*args, **options):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise RuntimeError from None
+mlcgen.compile = compile
+atexit.register(os.write, 2, b"chatter")
+sys.exit(main(["compile", "m"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "mlcgen: interrupted\n")
+
+
 def test_eval_text_and_ids_agree(artifact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").write_text("a b c d b a")
     (tmp_path / "ids").write_text("[0, 1, 2, 3, 1, 0]")
