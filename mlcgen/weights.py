@@ -26,6 +26,8 @@ QUANTIZATIONS: Mapping[str, WeightFormat | None] = {
     "q4": formats.Q4,
     "gguf": None,  # each matrix in the file's own blocks
 }
+# 4 bits cost these more quality than the rest of the model together: q4 keeps them in 8, as GGUF's 4-bit files do.
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 # The format that holds a GGUF block type's codes and scales without going through float.
 GGUF_FORMATS: Mapping[str, WeightFormat] = {
     "q4_0": formats.Q4,
@@ -64,6 +66,8 @@ def storage_plan(
         if len(shape) != 2:
             continue
         fmt = QUANTIZATIONS[quantization] or GGUF_FORMATS[dtypes[name]]
+        if quantization == "q4" and name in VOCABULARY:
+            fmt = formats.Q8
         if fmt.is_grouped and shape[1] % fmt.group:
             fallbacks.append(f"{name}: {shape[1]} columns are no multiple of {fmt.group}, stored as f16 instead of {fmt.name}")
             fmt = formats.F16

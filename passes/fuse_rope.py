@@ -4,6 +4,7 @@ reshape(split(qkv)) -> rope(q), rope(k) -> append(k, v, pages)   becomes   rope_
 A rope that stands elsewhere is written out in plain operators.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tvm import IRModule, relax
@@ -26,11 +27,12 @@ class _RopeAppend:
 
 
 def fuse_rope(mod: IRModule, layout: KvLayout, target: Target) -> IRModule:
-    found = _find(mod)
+    values = bindings(mod)
+    found = _find(values)
     by_q = {f.q: f for f in found}
     by_append = {f.appended: f for f in found}
     fused: dict[relax.Var, relax.Var] = {}  # rope(q) -> (q, pages)
-    appends = {f.appended: bindings(mod)[f.appended] for f in found}
+    appends = {f.appended: values[f.appended] for f in found}
 
     def rule(rewriter: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
         if var in by_q:
@@ -52,13 +54,12 @@ def fuse_rope(mod: IRModule, layout: KvLayout, target: Target) -> IRModule:
     return write_out_rope(rewrite(mod, rule))
 
 
-def _find(mod: IRModule) -> list[_RopeAppend]:
-    values = bindings(mod)
+def _find(values: Mapping[relax.Var, relax.Expr]) -> list[_RopeAppend]:
     appends = [(var, value) for var, value in values.items() if is_op(value, "relax.call_tir_inplace")]
     return [match for var, value in appends if (match := _match(values, var, value)) is not None]
 
 
-def _match(values: dict[relax.Var, relax.Expr], appended: relax.Var, append: relax.Call) -> _RopeAppend | None:
+def _match(values: Mapping[relax.Var, relax.Expr], appended: relax.Var, append: relax.Call) -> _RopeAppend | None:
     k, v = append.args[1].fields[:2]
     q = next((q for q in values if _is_query_of(values, q, k)), None)
     if q is None:
@@ -70,7 +71,7 @@ def _match(values: dict[relax.Var, relax.Expr], appended: relax.Var, append: rel
     return _RopeAppend(q, appended, split.args[0], *values[q].args[2:4])
 
 
-def _is_query_of(values: dict[relax.Var, relax.Expr], q: relax.Var, k: relax.Var) -> bool:
+def _is_query_of(values: Mapping[relax.Var, relax.Expr], q: relax.Var, k: relax.Var) -> bool:
     """q and k are both ropes of parts of one split, with the same angles."""
     if not (is_marked(values[q], ROPE) and is_marked(values.get(k), ROPE)) or q.same_as(k):
         return False
@@ -79,7 +80,7 @@ def _is_query_of(values: dict[relax.Var, relax.Expr], q: relax.Var, k: relax.Var
     return same_split and all(a.same_as(b) for a, b in zip(values[q].args[2:4], values[k].args[2:4], strict=True))
 
 
-def _split_part(values: dict[relax.Var, relax.Expr], var: relax.Var) -> tuple[relax.Var, int] | None:
+def _split_part(values: Mapping[relax.Var, relax.Expr], var: relax.Var) -> tuple[relax.Var, int] | None:
     """(the split's variable, index) behind reshape(split[index])."""
     reshape = values.get(var)
     if not is_op(reshape, "relax.reshape"):

@@ -6,9 +6,9 @@ serial and is reported as a fallback.
 
 import re
 
-import tvm
 from tvm import IRModule, ir, tirx
 from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import ScheduleError
 
 HOW = "mlcgen.how"
 LANES = 16
@@ -26,7 +26,7 @@ def _scheduled(func: tirx.PrimFunc) -> tirx.PrimFunc:
     for how, rule in (("rule: elementwise", _elementwise), ("rule: rows", _rows)):
         try:
             new = rule(func)
-        except (tvm.error.TVMError, ValueError, RuntimeError):
+        except ScheduleError:  # the rule does not fit this kernel
             continue
         if new is not None:
             return new.with_attr(HOW, how)

@@ -1,5 +1,6 @@
 """CPU targets: this machine's, from the CPU itself, and named ones to cross-compile for."""
 
+import functools
 import platform
 from dataclasses import dataclass
 from typing import Any
@@ -59,26 +60,34 @@ class CpuKernels:
 
     isa: Isa
 
+    # Building a kernel takes 0.1 s, and every layer asks for the same ones.
+    @functools.cache  # noqa: B019  (targets are few and live as long as the process)
     def linear(self, fmt: WeightFormat, out_features: int, in_features: int, bias: bool) -> Any:
         kernel = cpu_kernels.linear(fmt, out_features, in_features, self.isa, bias)
         return _described(kernel, "linear", weights=out_features * in_features)
 
+    @functools.cache  # noqa: B019
     def embedding(self, fmt: WeightFormat, vocab: int, hidden: int) -> Any:
         return _described(cpu_kernels.embedding(fmt, vocab, hidden, self.isa), "embedding")
 
+    @functools.cache  # noqa: B019
     def rms_norm(self, hidden: int, eps: float) -> Any:
         return _described(cpu_kernels.rms_norm(hidden, eps, self.isa), "norm")
 
+    @functools.cache  # noqa: B019
     def add_rms_norm(self, hidden: int, eps: float) -> Any:
         return _described(cpu_kernels.add_rms_norm(hidden, eps, self.isa), "norm")
 
+    @functools.cache  # noqa: B019
     def silu_mul(self, features: int) -> Any:
         return _described(cpu_kernels.silu_mul(features, self.isa), "activation")
 
+    @functools.cache  # noqa: B019
     def rope_append(self, num_heads: int, num_kv_heads: int, head_dim: int, page_size: int, kv_dtype: str) -> Any:
         kernel = cpu_kernels.rope_append(num_heads, num_kv_heads, head_dim, page_size, kv_dtype, self.isa)
         return _described(kernel, "rope")
 
+    @functools.cache  # noqa: B019
     def paged_attention(
         self,
         num_heads: int,
