@@ -8,7 +8,8 @@ other; the query heads of a kv head share its keys and values. Two ways, by the 
 Few tasks with a long context are split over the keys; a second pass then combines the parts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import gcd
@@ -32,6 +33,7 @@ from .vector import (
     largest_divisor,
     load,
     load_f32,
+    prefetch,
     reduce_max,
     reduce_sum,
     splat,
@@ -187,6 +189,12 @@ class _Cache:
         ]
         return [starts[i // self.run] + i % self.run * self.head_dim for i in range(self.isa.lanes)]
 
+    def prefetch(self, cell: Expr) -> None:
+        """Ask for a whole key or value: hardware prefetching does not find the next page."""
+        line = 64 // self.cells.ty.dtype.dtype.itemsize
+        for i in range(0, self.head_dim, line):
+            prefetch(self.cells, cell + i)
+
     def load(self, cell: Expr) -> Expr:
         return bind(load_f32(self.isa, self.cells, cell, lanes=self.isa.lanes))
 
@@ -322,6 +330,8 @@ class _Decode:
         with T.serial(ceildiv(stop - start, lanes)) as block:
             first = bind(start + block * lanes)
             valid = self._valid(first, stop)
+            for cell in self.cache.keys(self.segment.seq, self.segment.head, first + lanes, self.end):
+                self.cache.prefetch(cell)
             dots = self._dot_products(self.cache.keys(self.segment.seq, self.segment.head, first, stop))
             for h in self.heads:
                 score = bind(T.Select(valid, dots[h] * splat(self.shape.scale, lanes), splat(LOWEST, lanes)))
@@ -371,28 +381,52 @@ class _Decode:
         return shrink
 
     def _add_values(self, weights: Buffer, outputs: Buffer, shrinks: list[Expr], start: Expr, stop: Expr) -> None:
-        """outputs[h] = outputs[h] * shrink[h] + sum of weights[h, i] * value[start + i], some columns at a time."""
-        lanes, run = self.shape.lanes, self.cache.run
+        """outputs[h] = outputs[h] * shrink[h] + sum of weights[h, i] * value[start + i].
+
+        Where the outputs do not fit in registers, some columns at a time, for one run of keys after the other: values
+        are then read from memory in their order.
+        """
+        lanes = self.shape.lanes
         vectors = largest_divisor(self.shape.vectors, max(1, self.shape.isa.registers * 3 // 4 // len(self.heads)))
-        with T.serial(i64(self.shape.vectors // vectors)) as chunk:
+        with T.serial(i64(self.shape.vectors)) as v:
+            for h, shrink in enumerate(shrinks):
+                store(outputs, load(outputs, h, v * lanes, lanes=lanes) * splat(shrink, lanes), h, v * lanes)
+        runs = ceildiv(stop - start, self.cache.run)
+        if vectors == self.shape.vectors:
+            with self._accumulate(outputs, [i64(v * lanes) for v in range(vectors)]) as sums, T.serial(runs) as run:
+                self._add_run(weights, sums, start, stop, run)
+            return
+        with T.serial(runs) as run, T.serial(i64(self.shape.vectors // vectors)) as chunk:
             columns = [bind((chunk * vectors + v) * lanes) for v in range(vectors)]
-            sums = [
-                [Register(load(outputs, h, column, lanes=lanes) * splat(shrinks[h], lanes)) for column in columns]
-                for h in self.heads
-            ]
-            with T.serial(ceildiv(stop - start, run)) as block:
-                first = bind(start + block * run)
-                cell = bind(self.cache.key(self.segment.seq, self.segment.head, first) + self.cache.to_values)
-                skip = bind(tirx.max(self.first - first, i64(0)))
-                with T.serial(skip, tirx.max(tirx.min(stop - first, i64(run)), skip)) as i:
-                    values = [self.cache.load(cell + i * self.shape.head_dim + column) for column in columns]
-                    for h, row in enumerate(sums):
-                        weight = bind(splat(load(weights, h, block * run + i), lanes))
-                        for register, value in zip(row, values, strict=True):
-                            register.set(register.get() + weight * value)
-            for h, row in enumerate(sums):
-                for column, register in zip(columns, row, strict=True):
-                    store(outputs, register.get(), h, column)
+            with self._accumulate(outputs, columns) as sums:
+                self._add_run(weights, sums, start, stop, run)
+
+    @contextmanager
+    def _accumulate(self, outputs: Buffer, columns: list[Expr]) -> Iterator[list[tuple[Expr, list[Register]]]]:
+        """(column, one register for each head) for each of the columns: read before, stored after."""
+        lanes = self.shape.lanes
+        sums = [(column, [Register(load(outputs, h, column, lanes=lanes)) for h in self.heads]) for column in columns]
+        yield sums
+        for column, registers in sums:
+            for h, register in zip(self.heads, registers, strict=True):
+                store(outputs, register.get(), h, column)
+
+    def _add_run(
+        self, weights: Buffer, sums: list[tuple[Expr, list[Register]]], start: Expr, stop: Expr, run: Expr
+    ) -> None:
+        lanes, length = self.shape.lanes, self.cache.run
+        first = bind(start + run * length)
+        cell = bind(self.cache.key(self.segment.seq, self.segment.head, first) + self.cache.to_values)
+        ahead = bind(tirx.min(first + 2 * length, (self.end - 1) // length * length))
+        cell_ahead = bind(self.cache.key(self.segment.seq, self.segment.head, ahead) + self.cache.to_values)
+        skip = bind(tirx.max(self.first - first, i64(0)))
+        with T.serial(skip, tirx.max(tirx.min(stop - first, i64(length)), skip)) as i:
+            self.cache.prefetch(cell_ahead + i * self.shape.head_dim)
+            weight = [bind(splat(load(weights, h, run * length + i), lanes)) for h in self.heads]
+            for column, registers in sums:
+                value = self.cache.load(cell + i * self.shape.head_dim + column)
+                for h, register in zip(self.heads, registers, strict=True):
+                    register.set(register.get() + weight[h] * value)
 
 
 class _Prefill:

@@ -14,8 +14,6 @@ class Isa:
     lanes: int = 4  # float32 per vector register
     registers: int = 16  # vector registers
     has_f16_convert: bool = False  # float16 <-> float32 in one instruction
-    has_permute16: bool = False  # look up 16 floats by 16 indices in one instruction (x86 vpermps)
-    has_vnni: bool = False  # uint8 x int8 dot products of 4 in 512-bit registers
 
     @property
     def registers_per_tile(self) -> int:
@@ -27,7 +25,7 @@ class Isa:
         """From LLVM's feature names ("avx2", "avx512f", "neon", …)."""
         have = frozenset(features)
         if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= have:
-            return cls(16, 32, has_f16_convert=True, has_permute16=True, has_vnni="avx512vnni" in have)
+            return cls(16, 32, has_f16_convert=True)
         if {"avx2", "fma"} <= have:
             return cls(8, 16, has_f16_convert="f16c" in have)
         if "neon" in have:

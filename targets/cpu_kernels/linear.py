@@ -1,7 +1,7 @@
 """out (n, N) = x (n, K) @ W (N, K)^T [+ bias], W in any stored format, activations float32.
 
 Two paths in one PrimFunc, chosen by n when it runs:
-- few rows: each weight is decoded in registers and used for up to 4 rows; bound by decoding or memory.
+- few rows: each weight is decoded in registers and used for up to 4 rows; bound by decoding, or by memory.
 - many rows: a panel of W is decoded to float32 once per block of rows, and a register-tiled product reads it from L2.
 """
 
@@ -30,7 +30,7 @@ from .vector import (
     store,
     widen,
 )
-from .weights import Weights, code_table, field_scales, has_code_table, open_weights, weight_args
+from .weights import Weights, field_scales, open_weights, weight_args
 
 FEW_ROWS = 24  # below this, decoding each weight once for 4 rows costs less than writing a panel
 PANEL_BYTES = 256 * 1024  # of decoded weights: a part of L2, beside the rows of x
@@ -86,19 +86,18 @@ class _Product:
                     self._rows_times_tile(x, [first + r for r in range(count)], tile)
 
     def _prepare_activations(self) -> "_Activations":
-        fmt, has_table = self.fmt, has_code_table(self.fmt, self.isa)
-        if not fmt.is_grouped or (has_table and not fmt.has_minimum):
+        if not self.fmt.is_grouped:
             return _Activations(self.x, None)
-        scaled = self.x if has_table else T.alloc_buffer((i64(FEW_ROWS), i64(self.in_features)), "float32")
-        sums = T.alloc_buffer((i64(FEW_ROWS), i64(self.in_features // fmt.group)), "float32")
-        scales = None if has_table else field_scales(fmt)
-        with T.serial(self.n) as row, T.serial(i64(self.in_features // fmt.group)) as group:
+        group_size = self.fmt.group
+        scaled = T.alloc_buffer((i64(FEW_ROWS), i64(self.in_features)), "float32")
+        sums = T.alloc_buffer((i64(FEW_ROWS), i64(self.in_features // group_size)), "float32")
+        scales = field_scales(self.fmt)
+        with T.serial(self.n) as row, T.serial(i64(self.in_features // group_size)) as group:
             total = splat(0.0, TILE)
-            for at in range(0, fmt.group, TILE):
-                x = bind(load(self.x, row, group * fmt.group + at, lanes=TILE))
+            for at in range(0, group_size, TILE):
+                x = bind(load(self.x, row, group * group_size + at, lanes=TILE))
+                store(scaled, x * scales, row, group * group_size + at)
                 total = total + x
-                if scales is not None:
-                    store(scaled, x * scales, row, group * fmt.group + at)
             store(sums, reduce_sum(bind(total)), row, group)
         return _Activations(scaled, sums)
 
@@ -108,27 +107,22 @@ class _Product:
             self._store(self._plus_bias(total, tile), row, tile)
 
     def _grouped_rows_times_tile(self, x: "_Activations", rows: list[Expr], tile: Expr) -> list[Expr]:
-        """Per group: sum code * x, then one multiplication by the scale."""
+        """Per group: the sum of code * x less the zero point's part, then one multiplication by the scale."""
         group_size = self.fmt.group
-        table = code_table(self.fmt, self.isa)
         totals = [Register(splat(0.0, TILE)) for _ in rows]
         with T.serial(i64(self.in_features // group_size)) as group:
-            self.weights.prefetch_group(tile, group)
             sums = [_Chains(_chains(rows)) for _ in rows]
-            weights = self.weights
-            codes = weights.group_fields(tile, group) if table is None else weights.group_codes(tile, group, table)
-            for column, code in codes:
+            for column, field in self.weights.group_fields(tile, group):
                 for row, chains in zip(rows, sums, strict=True):
-                    chains.add(code * splat(load(x.values, row, group * group_size + column), TILE))
-            scale = weights.group_scale(self.isa, tile, group)
-            minimum = weights.group_minimum(self.isa, tile, group) if self.fmt.has_minimum else None
+                    chains.add(field * splat(load(x.values, row, group * group_size + column), TILE))
+            scale = self.weights.group_scale(self.isa, tile, group)
+            minimum = self.weights.group_minimum(self.isa, tile, group) if self.fmt.has_minimum else None
             for row, total, chains in zip(rows, totals, sums, strict=True):
-                products = chains.total()
-                if table is None and self.fmt.zero_point:
-                    products = products - splat(load(x.sums, row, group) * T.float32(self.fmt.zero_point), TILE)
-                total.set(total.get() + scale * products)
+                x_sum = load(x.sums, row, group)
+                centered = chains.total() - splat(x_sum * T.float32(self.fmt.zero_point), TILE)
+                total.set(total.get() + scale * centered)
                 if minimum is not None:
-                    total.set(total.get() + minimum * splat(load(x.sums, row, group), TILE))
+                    total.set(total.get() + minimum * splat(x_sum, TILE))
         return [total.get() for total in totals]
 
     def _float_rows_times_tile(self, x: "_Activations", rows: list[Expr], tile: Expr) -> list[Expr]:
@@ -143,6 +137,7 @@ class _Product:
 
         with T.serial(i64(self.in_features // unroll)) as block:
             for column in range(unroll):
+                self.weights.prefetch(tile, block * unroll + column)
                 add_column(block * unroll + column, column)
         for k in range(self.in_features // unroll * unroll, self.in_features):
             add_column(i64(k), 0)
@@ -187,12 +182,11 @@ class _Product:
             with T.serial(depth) as k:
                 store(panel, self.weights.column(self.isa, tile, first_k + k), k, t * TILE)
             return
-        table = code_table(self.fmt, self.isa)
         with T.serial(depth // self.fmt.group) as g:
             group = bind(first_k // self.fmt.group + g)
             scale = self.weights.group_scale(self.isa, tile, group)
             minimum = self.weights.group_minimum(self.isa, tile, group) if self.fmt.has_minimum else None
-            for column, code in self.weights.group_codes(tile, group, table):
+            for column, code in self.weights.group_codes(tile, group):
                 value = code * scale if minimum is None else code * scale + minimum
                 store(panel, value, g * self.fmt.group + column, t * TILE)
 

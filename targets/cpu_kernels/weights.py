@@ -25,11 +25,10 @@ class Weights:
         """Column k of a tile in a float format: 16 float32."""
         return load_f32(isa, self.w, tile, k, 0, lanes=TILE)
 
-    def prefetch_group(self, tile: Expr, group: Expr) -> None:
-        """Ask for the group that lies PREFETCH_BYTES further on; the tiles of a task follow each other in memory."""
-        words = self.fmt.group * self.fmt.bits // 32  # a cache line each
-        for word in range(words):
-            prefetch(self.w, tile, group * words + (PREFETCH_BYTES // 64 + word), 0)
+    def prefetch(self, tile: Expr, row: Expr) -> None:
+        """Ask for the cache line PREFETCH_BYTES after w[tile, row]; the tiles of a task follow each other in memory."""
+        row_bytes = TILE * (4 if self.fmt.is_grouped else self.fmt.bits // 8)
+        prefetch(self.w, tile, row + PREFETCH_BYTES // row_bytes, 0)
 
     def group_scale(self, isa: Isa, tile: Expr, group: Expr) -> Expr:
         return bind(load_f32(isa, self.scale, tile, group, 0, lanes=TILE))
@@ -37,15 +36,15 @@ class Weights:
     def group_minimum(self, isa: Isa, tile: Expr, group: Expr) -> Expr:
         return bind(load_f32(isa, self.minimum, tile, group, 0, lanes=TILE))
 
-    def group_codes(self, tile: Expr, group: Expr, table: Expr | None) -> Iterator[tuple[int, Expr]]:
+    def group_codes(self, tile: Expr, group: Expr) -> Iterator[tuple[int, Expr]]:
         """(column within the group, code - zero_point as 16 float32) for each column of a group."""
         fmt = self.fmt
-        for chunk, words in self._group_words(tile, group):
-            if fmt.zero_point and table is None:
+        for first, words in self._group_words(tile, group):
+            if fmt.zero_point:
                 # Flipping each code's top bit makes it its own value minus the zero point, in two's complement.
                 words = bind(words ^ splat(T.uint32(_top_bits(fmt.bits)), TILE))
             for column in range(columns_per_word(fmt)):
-                yield chunk + column, bind(_code(fmt, words, _bit_of(fmt, column), table))
+                yield first + column, bind(_code(fmt, words, _bit_of(fmt, column)))
 
     def group_fields(self, tile: Expr, group: Expr) -> Iterator[tuple[int, Expr]]:
         """(column within the group, code / field_scale(column) as 16 float32): codes masked where they stand.
@@ -53,24 +52,29 @@ class Weights:
         One instruction less than moving them down; the activation takes the scale instead.
         """
         fmt = self.fmt
-        for chunk, words in self._group_words(tile, group):
+        for first, words in self._group_words(tile, group):
             for column in range(columns_per_word(fmt)):
                 bit = _bit_of(fmt, column)
                 in_place = words & splat(T.uint32(((1 << fmt.bits) - 1) << bit), TILE)
                 field = words >> splat(T.uint32(bit), TILE) if _is_top(fmt, bit) else in_place
-                yield chunk + column, bind(T.cast(T.reinterpret("int32x16", field), "float32x16"))
+                yield first + column, bind(T.cast(T.reinterpret("int32x16", field), "float32x16"))
 
     def _group_words(self, tile: Expr, group: Expr) -> Iterator[tuple[int, Expr]]:
         """(first column within the group, 16 words of 32 bits) for each cache line of a group."""
         per_group = self.fmt.group // columns_per_word(self.fmt)
         for word in range(per_group):
-            yield word * columns_per_word(self.fmt), bind(load(self.w, tile, group * per_group + word, 0, lanes=TILE))
+            row = group * per_group + word
+            self.prefetch(tile, row)
+            yield word * columns_per_word(self.fmt), bind(load(self.w, tile, row, 0, lanes=TILE))
 
 
 def field_scales(fmt: WeightFormat) -> Expr:
     """The scales of `group_fields` for 16 columns (they repeat): 2**-bit, or 1 where the sign bit forces a shift."""
-    bits = [_bit_of(fmt, column % columns_per_word(fmt)) for column in range(TILE)]
-    return _constant([1.0 if _is_top(fmt, bit) else 2.0**-bit for bit in bits])
+    scales = T.alloc_buffer((TILE,), "float32")
+    for column in range(TILE):
+        bit = _bit_of(fmt, column % columns_per_word(fmt))
+        store(scales, T.float32(1.0 if _is_top(fmt, bit) else 2.0**-bit), column)
+    return bind(load(scales, 0, lanes=TILE))
 
 
 def weight_args(kernel: Kernel, fmt: WeightFormat, n: int, k: int) -> dict[str, Buffer]:
@@ -85,24 +89,6 @@ def open_weights(fmt: WeightFormat, args: dict[str, Buffer]) -> Weights:
         tiles, words, _, _ = (int(extent) for extent in w.ty.shape)
         w = view(w, (tiles, words, TILE), "uint32")
     return Weights(fmt, w, args.get("scale"), args.get("minimum"))
-
-
-def has_code_table(fmt: WeightFormat, isa: Isa) -> bool:
-    return fmt.bits == 4 and isa.has_permute16
-
-
-def code_table(fmt: WeightFormat, isa: Isa) -> Expr | None:
-    """The 16 values of a 4-bit code in one vector, where the ISA looks up 16 lanes at once."""
-    if not has_code_table(fmt, isa):
-        return None
-    return _constant([float(code - fmt.zero_point) for code in range(16)])
-
-
-def _constant(values: list[float]) -> Expr:
-    lanes = T.alloc_buffer((TILE,), "float32")
-    for i, value in enumerate(values):
-        store(lanes, T.float32(value), i)
-    return bind(load(lanes, 0, lanes=TILE))
 
 
 def _is_top(fmt: WeightFormat, bit: int) -> bool:
@@ -122,13 +108,10 @@ def _bit_of(fmt: WeightFormat, column: int) -> int:
     return 8 * column if fmt.bits == 8 else 8 * (column % 4) + 4 * (column // 4)
 
 
-def _code(fmt: WeightFormat, words: Expr, bit: int, table: Expr | None) -> Expr:
-    above = 32 - fmt.bits - bit
-    if table is not None:  # the look-up ignores all but the lowest 4 bits of its index
-        index = T.reinterpret("int32x16", words >> splat(T.uint32(bit), TILE))
-        return T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.permvar.sf.512", table, index)
-    signed = T.reinterpret("int32x16", words << splat(T.uint32(above), TILE))
+def _code(fmt: WeightFormat, words: Expr, bit: int) -> Expr:
     if fmt.zero_point:
-        return T.cast(signed >> splat(T.int32(32 - fmt.bits), TILE), "float32x16")
+        above = splat(T.uint32(32 - fmt.bits - bit), TILE)
+        signed = T.reinterpret("int32x16", words << above) >> splat(T.int32(32 - fmt.bits), TILE)
+        return T.cast(signed, "float32x16")
     field = (words >> splat(T.uint32(bit), TILE)) & splat(T.uint32((1 << fmt.bits) - 1), TILE)
     return T.cast(T.reinterpret("int32x16", field), "float32x16")
