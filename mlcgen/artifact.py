@@ -1,14 +1,15 @@
 """The files of a compiled artifact, dist/<name>/: the only code that knows their names.
 
-  manifest.json                        what is in here: model, quantization, entry, targets, weights, versions
-  report.json                          how each kernel was made
-  tokenizer.json tokenizer_config.json
-  weights/model.safetensors            shared by all targets, 64-byte aligned so that it can be memory-mapped
-  lib/<target>.so                      compiled code
-  lib/<arch>/libtvm_runtime.so         the runtime library that the code was built for
+manifest.json                        what is in here: model, quantization, entry, targets, weights, versions
+report.json                          how each kernel was made
+tokenizer.json tokenizer_config.json
+weights/model.safetensors            shared by all targets, 64-byte aligned so that it can be memory-mapped
+lib/<target>.so                      compiled code
+lib/<arch>/libtvm_runtime.so         the runtime library that the code was built for
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,24 +24,29 @@ import numpy.typing as npt
 
 from mlcgen import safetensors
 from mlcgen.errors import ArtifactError, CheckpointError
+from mlcgen.runtime.executor import StepInput
 
 SCHEMA_VERSION = 1
 MANIFEST, REPORT = "manifest.json", "report.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 WEIGHTS = "weights/model.safetensors"
 STORAGE = {"F32": "float32", "F16": "float16", "U16": "uint16", "U8": "uint8"}
-_REQUIRED = {
-    "schema_version": int,
+KV_DTYPES = ("float32", "float16", "bfloat16")
+_FILE = {"file": str, "sha256": str}
+_SIZE = range(1, 1 << 31)
+# What every reader may rely on: a type, a range, [type of each item], {key: type of its value}, or the values allowed.
+_SCHEMA: dict[str, Any] = {
     "name": str,
-    "model": dict,
+    "model": {"vocab_size": _SIZE, "eos_token_ids": [int]},
     "quantization": str,
-    "kv": dict,
-    "entry": dict,
-    "context_length": int,
-    "max_batch": int,
-    "max_tokens_per_step": int,
-    "targets": list,
-    "weights": list,
+    "kv": {"num_layers": _SIZE, "num_kv_heads": _SIZE, "head_dim": _SIZE, "page_size": _SIZE, "dtype": KV_DTYPES},
+    "entry": {"name": str, "inputs": [tuple(field.name for field in dataclasses.fields(StepInput))], "weights": [str]},
+    "context_length": _SIZE,
+    "max_batch": _SIZE,
+    "max_tokens_per_step": _SIZE,
+    "targets": [{"name": str, "kind": str, "arch": str, "features": [str], "executor": str, **_FILE}],
+    "runtime_libraries": [{"arch": str, **_FILE}],
+    "weights": [{"bytes": int, **_FILE}],
     "versions": dict,
 }
 
@@ -57,19 +63,34 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest, checked. Raises ArtifactError where it is missing, of another schema, or points outside."""
     manifest = _read_json(Path(path) / MANIFEST)
     version = manifest.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{path} has schema_version {version!r}, this mlcgen reads {SCHEMA_VERSION}; compile the model again"
-        )
-    for key, kind in _REQUIRED.items():
-        if not isinstance(manifest.get(key), kind):
-            raise ArtifactError(f"{path}/{MANIFEST}: {key!r} is missing or no {kind.__name__}; compile the model again")
-    files = [*manifest["targets"], *manifest["weights"], *manifest.get("runtime_libraries", [])]
-    for entry in files:
-        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
-            raise ArtifactError(f"{path}/{MANIFEST}: an entry of files is malformed; compile the model again")
-        inside(path, entry.get("file"))
+    if type(version) is not int or version != SCHEMA_VERSION:
+        text = f"{path} has schema_version {version!r:.40}, this mlcgen reads {SCHEMA_VERSION}"
+        raise ArtifactError(f"{text}; compile the model again")
+    if problem := _mismatch(manifest, _SCHEMA, ""):
+        raise ArtifactError(f"{path}/{MANIFEST}: {problem}; compile the model again")
+    for entry in [*manifest["targets"], *manifest["weights"], *manifest["runtime_libraries"]]:
+        inside(path, entry["file"])
+    if not manifest["targets"] or not manifest["weights"]:
+        raise ArtifactError(f"{path}/{MANIFEST} names no target or no weights; compile the model again")
     return manifest
+
+
+def _mismatch(value: Any, schema: Any, where: str) -> str | None:
+    """What is wrong with the value at `where`, or None."""
+    if isinstance(schema, dict):
+        if not isinstance(value, dict):
+            return f"{where} is missing or no object"
+        prefix = f"{where}." if where else ""
+        return next(filter(None, (_mismatch(value.get(k), s, f"{prefix}{k}") for k, s in schema.items())), None)
+    if isinstance(schema, list):
+        if not isinstance(value, list):
+            return f"{where} is missing or no list"
+        return next(filter(None, (_mismatch(v, schema[0], f"{where}[{i}]") for i, v in enumerate(value))), None)
+    if isinstance(schema, tuple):
+        return None if isinstance(value, str) and value in schema else f"{where} is none of {', '.join(schema)}"
+    if isinstance(schema, range):
+        return None if type(value) is int and value in schema else f"{where} is missing or no number that can be"
+    return None if type(value) is schema else f"{where} is missing or no {schema.__name__}"
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
@@ -89,9 +110,12 @@ def tokenizer_path(path: str | Path) -> Path | None:
 def inside(path: str | Path, name: object) -> Path:
     """The file `name` of the artifact. Raises ArtifactError for a name that leads outside, also through a link."""
     root = Path(path).resolve()
-    if not isinstance(name, str) or not name or not (root / name).resolve().is_relative_to(root):
-        raise ArtifactError(f"{path}/{MANIFEST} names the file {str(name)[:80]!r}, which is not inside the artifact")
-    return root / name
+    try:
+        if isinstance(name, str) and name and (root / name).resolve().is_relative_to(root):
+            return root / name
+    except (OSError, RuntimeError, ValueError):  # a link to itself, a zero byte
+        pass
+    raise ArtifactError(f"{path}/{MANIFEST} names the file {str(name)[:80]!r}, which is not inside the artifact")
 
 
 def check_hash(path: str | Path, entry: Mapping[str, Any]) -> Path:
@@ -122,15 +146,22 @@ def map_weights(file: Path) -> dict[str, npt.NDArray[Any]]:
     """The stored tensors by name, memory-mapped: pages are read when kernels touch them."""
     try:
         entries = safetensors.read_entries(file)
-    except CheckpointError as error:
+        # Copy on write: DLPack takes no read-only array.
+        raw = np.memmap(file, np.uint8, mode="c")
+    except (CheckpointError, OSError) as error:
         raise ArtifactError(str(error)) from error
-    # Copy on write: DLPack takes no read-only array.
-    raw = np.memmap(file, np.uint8, mode="c")
-    return {
-        name: raw[e.offset : e.offset + e.num_bytes].view(STORAGE[e.dtype]).reshape(e.shape)
-        for name, e in entries.items()
-        if not name.startswith(safetensors.PADDING)
-    }
+    return {name: _mapped(raw, name, e) for name, e in entries.items() if not name.startswith(safetensors.PADDING)}
+
+
+def _mapped(raw: npt.NDArray[Any], name: str, entry: safetensors.Entry) -> npt.NDArray[Any]:
+    if entry.dtype not in STORAGE or entry.offset % safetensors.ALIGNMENT:
+        place = f"tensor {name[:80]!r} is {entry.dtype} at byte {entry.offset}"
+        raise ArtifactError(f"{entry.path}: {place}, which no kernel reads; compile the model again")
+    data = raw[entry.offset : entry.offset + entry.num_bytes].view(STORAGE[entry.dtype])
+    try:
+        return data.reshape(entry.shape)
+    except ValueError as error:  # a side that no array can have, beside one of 0
+        raise ArtifactError(f"{entry.path}: tensor {name[:80]!r}: {error}; compile the model again") from error
 
 
 class WeightWriter:
@@ -147,9 +178,10 @@ class WeightWriter:
 
     def write(self, name: str, array: npt.NDArray[Any]) -> None:
         shape, dtype = self.tensors[name]
-        assert array.shape == shape and array.dtype == dtype, (name, array.shape, array.dtype, shape, dtype)
+        assert (array.shape, str(array.dtype)) == (shape, dtype), (name, array.shape, array.dtype, shape, dtype)
         self.stream.seek(self.offsets[name])
-        array.tofile(self.stream)
+        # Not array.tofile: on a full disk its error has no errno.
+        self.stream.write(array.reshape(-1).view(np.uint8).data)
 
     def close(self) -> None:
         self.stream.seek(0, os.SEEK_END)
@@ -163,7 +195,7 @@ def new_artifact(path: Path) -> Iterator[Path]:
 
     An artifact that is already there is replaced; anything else there is an error and stays.
     """
-    if path.exists() and not (path / MANIFEST).exists() and (not path.is_dir() or any(path.iterdir())):
+    if os.path.lexists(path) and not _is_replaceable(path):
         raise ArtifactError(f"{path} exists and is no artifact; choose another output with -o")
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -175,14 +207,27 @@ def new_artifact(path: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _is_replaceable(path: Path) -> bool:
+    """An artifact, of any version, or an empty directory. Many other things have a manifest.json too."""
+    if not path.is_dir():
+        return False
+    with contextlib.suppress(ArtifactError):
+        return {"schema_version", "targets", "weights"} <= _read_json(path / MANIFEST).keys()
+    return not any(path.iterdir())
+
+
 def _replace(staging: Path, path: Path) -> None:
     if not path.exists():
         staging.rename(path)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    path.rename(old / "artifact")
-    staging.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        path.rename(old / "artifact")
+        staging.rename(path)
+    finally:
+        if not path.exists():  # it failed in between
+            (old / "artifact").rename(path)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -193,7 +238,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ArtifactError(f"{file.parent} is no artifact: it has no {file.name}; make one with mlcgen compile") from None
+        raise ArtifactError(
+            f"{file.parent} is no artifact: it has no {file.name}; make one with mlcgen compile"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"cannot read {file}: {error}; compile the model again") from error
     if not isinstance(value, dict):

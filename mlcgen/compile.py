@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from tvm import IRModule, relax
 from mlcgen import artifact, passes, report, weights
 from mlcgen.checkpoint import Checkpoint, open_checkpoint
 from mlcgen.errors import CompileError, UnsupportedError
+from mlcgen.formats import QUANTIZATIONS
 from mlcgen.link import link_library
 from mlcgen.models import parse_config
 from mlcgen.models.config import DecoderConfig
@@ -37,10 +39,12 @@ Progress = Callable[[str, int, int], None]
 class Options:
     """What a compile was asked for, with every default resolved."""
 
+    source: str  # as the user named it
     quantization: str
     context_length: int
     max_batch: int
     kv: KvLayout
+    random_weights: bool
 
 
 def compile(
@@ -73,12 +77,14 @@ def compile(
     progress("reading", 0, 1)
     checkpoint = open_checkpoint(model, weights=not random_weights)
     config = parse_config(checkpoint.config)
-    options = _options(config, quantization, context_length, max_batch, kv_dtype, page_size)
+    limits = _limits(config, context_length, max_batch)
+    layout = _kv_layout(config, quantization, kv_dtype, page_size)
+    options = Options(str(model), quantization, *limits, layout, random_weights)
     path = Path(output) if output else Path("dist") / f"{checkpoint.name}-{quantization}"
     try:
         with artifact.new_artifact(path) as staging:
             observe = _Observer(log, Path(dump_ir) if dump_ir else None)
-            _build(checkpoint, config, options, resolved, staging, random_weights, progress, observe)
+            _build(checkpoint, config, options, resolved, staging, progress, observe)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise CompileError(f"no space left on the disk of {path.parent}; nothing was written") from error
@@ -92,7 +98,6 @@ def _build(
     options: Options,
     targets: Sequence[Target],
     staging: Path,
-    random_weights: bool,
     progress: Progress,
     observe: "_Observer",
 ) -> None:
@@ -100,7 +105,7 @@ def _build(
     mod, names = export(config)
     shapes = {name: static_shape(p) for name, p in zip(names, mod[FORWARD].params[2:], strict=True)}
     dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
-    if random_weights:
+    if options.random_weights:
         dtypes = dict.fromkeys(shapes, "float32")
     else:
         weights.check_parameters(checkpoint, shapes)
@@ -114,7 +119,7 @@ def _build(
     progress(f"compiling for {targets[-1].name}", len(targets), len(targets))
     assert lifted is not None
     vm = build_functions(lifted.transform_module, observe)
-    read = weights.random_reader(shapes) if random_weights else weights.checkpoint_reader(checkpoint)
+    read = weights.random_reader(shapes) if options.random_weights else weights.checkpoint_reader(checkpoint)
     file = staging / artifact.WEIGHTS
     weights.convert_weights(lifted, vm, read, file, lambda done, total: progress("weights", done, total))
     _write_tokenizer(checkpoint, staging)
@@ -160,26 +165,27 @@ def _generate(mod: IRModule, target: Target, observe: Callable[[str, IRModule], 
     return executable
 
 
-def _options(
-    config: DecoderConfig, quantization: str, context: int | None, max_batch: int, kv_dtype: str, page_size: int
-) -> Options:
-    if quantization not in weights.QUANTIZATIONS:
-        have = ", ".join(weights.QUANTIZATIONS)
-        raise UnsupportedError(f"quantization {quantization!r} is not supported; have: {have}")
-    limit = config.max_position_embeddings
-    if context is not None and not 1 <= context <= limit:
-        raise UnsupportedError(f"--context-length {context} is not between 1 and the model's {limit}")
-    if not 1 <= page_size <= 256:
-        raise UnsupportedError(f"--page-size {page_size} is not between 1 and 256")
+def _limits(config: DecoderConfig, context: int | None, max_batch: int) -> tuple[int, int]:
+    """(context length, sequences per step), checked."""
+    longest = config.max_position_embeddings
+    if context is not None and not 1 <= context <= longest:
+        raise UnsupportedError(f"--context-length {context} is not between 1 and the model's {longest}")
     if not 1 <= max_batch <= MAX_TOKENS_PER_STEP:
         raise UnsupportedError(f"--max-batch {max_batch} is not between 1 and {MAX_TOKENS_PER_STEP}")
+    return context or longest, max_batch
+
+
+def _kv_layout(config: DecoderConfig, quantization: str, kv_dtype: str, page_size: int) -> KvLayout:
+    if quantization not in QUANTIZATIONS:
+        raise UnsupportedError(f"quantization {quantization!r} is not supported; have: {', '.join(QUANTIZATIONS)}")
+    if not 1 <= page_size <= 256:
+        raise UnsupportedError(f"--page-size {page_size} is not between 1 and 256")
     if kv_dtype == "auto":
         kv_dtype = "float32" if quantization == "f32" else "float16"
     kv_dtype = KV_DTYPES.get(kv_dtype, kv_dtype)
     if kv_dtype not in KV_DTYPES.values():
         raise UnsupportedError(f"--kv-dtype {kv_dtype!r} is not supported; have: auto, {', '.join(KV_DTYPES.values())}")
-    layout = KvLayout(config.num_kv_heads, config.head_dim, page_size, kv_dtype)
-    return Options(quantization, context or limit, max_batch, layout)
+    return KvLayout(config.num_kv_heads, config.head_dim, page_size, kv_dtype)
 
 
 def _target_entry(target: Target, staging: Path) -> dict[str, Any]:
@@ -221,15 +227,13 @@ def _manifest(
         "runtime_libraries": _carry_runtime(targets, staging),
         "weights": [{"file": artifact.WEIGHTS, "sha256": artifact.sha256(file), "bytes": file.stat().st_size}],
         "versions": {name: version(name) for name in ("mlcgen", "apache-tvm", "apache-tvm-ffi")},
-        "source": checkpoint.name,
+        "source": options.source,
         "verify": None,
     }
 
 
 def _carry_runtime(targets: Sequence[Mapping[str, Any]], staging: Path) -> list[dict[str, Any]]:
     """The runtime library for this machine's architecture: 3 MB that make the artifact run without the compiler."""
-    import platform
-
     arch, library = platform.machine(), installed_runtime_library()
     if library is None or arch not in {t["arch"] for t in targets}:
         return []

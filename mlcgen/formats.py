@@ -17,7 +17,10 @@ Four bytes of one row make one 32-bit lane: the operand order of int8 dot-produc
 a mask take apart for float activations.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from mlcgen.errors import UnsupportedError
 
 TILE = 16  # output rows per tile
 
@@ -58,3 +61,42 @@ F16 = WeightFormat("f16", 16, "float16")
 BF16 = WeightFormat("bf16", 16, "uint16")
 Q8 = grouped(8)
 Q4 = grouped(4)
+
+QUANTIZATIONS: Mapping[str, WeightFormat | None] = {
+    "f32": F32,
+    "f16": F16,
+    "bf16": BF16,
+    "q8": Q8,
+    "q4": Q4,
+    "gguf": None,  # each matrix in the file's own blocks
+}
+# The format that holds what a checkpoint stores: a GGUF block's codes and scales without going through float.
+SOURCE_FORMATS: Mapping[str, WeightFormat] = {
+    "float32": F32,
+    "float16": F16,
+    "bfloat16": BF16,
+    "q4_0": Q4,
+    "q4_1": grouped(4, has_minimum=True),
+    "q5_0": Q8,
+    "q5_1": grouped(8, has_minimum=True),
+    "q8_0": Q8,
+    "q4_k": grouped(4, has_minimum=True),
+    "q5_k": grouped(8, has_minimum=True),
+    "q6_k": grouped(8, group=16),
+}
+# 4 bits cost these more quality than any other matrix: q4 keeps them in 8, as GGUF's 4-bit files do.
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def wanted_format(quantization: str, name: str, source_dtype: str) -> WeightFormat:
+    """The format of parameter `name` under a quantization. Raises UnsupportedError for an unknown one."""
+    if quantization not in QUANTIZATIONS:
+        raise UnsupportedError(f"quantization {quantization!r} is not supported; have: {', '.join(QUANTIZATIONS)}")
+    if quantization == "q4" and name in VOCABULARY:
+        return Q8
+    return QUANTIZATIONS[quantization] or SOURCE_FORMATS[source_dtype]
+
+
+def stored_format(wanted: WeightFormat, shape: tuple[int, ...]) -> WeightFormat:
+    """`wanted`, or f16 where the columns do not divide into its groups."""
+    return F16 if wanted.is_grouped and shape[1] % wanted.group else wanted

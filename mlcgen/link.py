@@ -1,11 +1,14 @@
 """From object files to a shared library: a system compiler when there is one, else the ziglang wheel's linker."""
 
+import contextlib
 import importlib.util
+import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,9 @@ def link_library(executable: Any, library: Path, arch: str) -> None:
     command = linker(arch)
 
     def run(output: str, objects: Sequence[str], options: Any = None, **_: Any) -> None:
-        done = subprocess.run([*command, "-shared", "-fPIC", "-o", output, *objects], capture_output=True, text=True)
+        with _zig_cache() if "ziglang" in command else contextlib.nullcontext() as environment:
+            line = [*command, "-shared", "-fPIC", "-o", output, *objects]
+            done = subprocess.run(line, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise CompileError(f"linking {library.name} with {command[0]} failed: {done.stderr.strip()[-300:]}")
 
@@ -36,3 +41,18 @@ def linker(arch: str) -> list[str]:
     if importlib.util.find_spec("ziglang") is not None:
         return [sys.executable, "-m", "ziglang", "cc", "-target", _TRIPLES[arch]]
     raise CompileError(f"no linker for {arch}: install a C compiler, or pip install mlcgen[cross]")
+
+
+@contextlib.contextmanager
+def _zig_cache() -> Iterator[dict[str, str]]:
+    """An environment in which zig can keep the parts of libc that it builds, also where the home is read-only."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path(os.environ.get("HOME") or "/nonexistent") / ".cache"
+    usual = Path(os.environ.get("ZIG_GLOBAL_CACHE_DIR") or Path(home) / "zig")
+    with contextlib.ExitStack() as stack:
+        try:
+            usual.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(tempfile.TemporaryFile(dir=usual))
+            cache = str(usual)
+        except OSError:
+            cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="mlcgen-zig-"))
+        yield {**os.environ, "ZIG_GLOBAL_CACHE_DIR": cache}

@@ -6,35 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlcgen import formats
 from mlcgen.errors import MlcgenError
-from mlcgen.formats import WeightFormat
+from mlcgen.formats import WeightFormat, stored_format, wanted_format
 from mlcgen.models.config import DecoderConfig
 
-__all__ = ["QUANTIZATIONS", "Plan", "kv_bytes_per_token", "make_plan", "plan_model", "weight_bytes"]
+__all__ = ["Plan", "kv_bytes_per_token", "make_plan", "plan_model", "weight_bytes"]
 
-# mlcgen.weights has these tables too; a test holds them together, because importing that brings the compiler.
-QUANTIZATIONS: Mapping[str, WeightFormat] = {
-    "f32": formats.F32,
-    "f16": formats.F16,
-    "bf16": formats.BF16,
-    "q8": formats.Q8,
-    "q4": formats.Q4,
-}
-GGUF = "gguf"  # each matrix in the file's own format
-STORED: Mapping[str, WeightFormat] = {
-    "float32": formats.F32,
-    "float16": formats.F16,
-    "bfloat16": formats.BF16,
-    "q4_0": formats.Q4,
-    "q4_1": formats.grouped(4, has_minimum=True),
-    "q5_0": formats.Q8,
-    "q5_1": formats.grouped(8, has_minimum=True),
-    "q8_0": formats.Q8,
-    "q4_k": formats.grouped(4, has_minimum=True),
-    "q5_k": formats.grouped(8, has_minimum=True),
-    "q6_k": formats.grouped(8, group=16),
-}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "uint8": 1}
 KV_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 TOKENS_PER_STEP = 512  # a step's share of the prompt that the estimate assumes
@@ -129,7 +106,7 @@ def weight_bytes(config: DecoderConfig, quantization: str, stored: Mapping[str, 
     """Bytes of all weights as packed for the CPU. `stored`: each tensor's type in the source, which `gguf` keeps."""
     vectors = sum(math.prod(shape) for _, shape in _tensors(config) if len(shape) == 1)
     matrices = sum(
-        matrix_bytes(_format(quantization, name, shape[1], stored or {}), *shape)
+        matrix_bytes(_format(quantization, name, shape, stored or {}), *shape)
         for name, shape in _tensors(config)
         if len(shape) == 2
     )
@@ -176,16 +153,10 @@ def _tensors(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield f"{prefix}{name}.bias", (n,)
 
 
-def _format(quantization: str, name: str, k: int, stored: Mapping[str, str]) -> WeightFormat:
-    if quantization == GGUF:
-        if name not in stored:
-            raise MlcgenError("-q gguf keeps the blocks of a .gguf file, which this model is not; choose another -q")
-        fmt = STORED[stored[name]]
-    elif quantization in QUANTIZATIONS:
-        fmt = QUANTIZATIONS[quantization]
-    else:
-        raise MlcgenError(f"quantization {quantization!r} is not supported; have: {', '.join([*QUANTIZATIONS, GGUF])}")
-    return formats.F16 if fmt.is_grouped and k % fmt.group else fmt
+def _format(quantization: str, name: str, shape: tuple[int, ...], stored: Mapping[str, str]) -> WeightFormat:
+    if quantization == "gguf" and name not in stored:
+        raise MlcgenError("-q gguf keeps the blocks of a .gguf file, which this model is not; choose another -q")
+    return stored_format(wanted_format(quantization, name, stored.get(name, "float32")), shape)
 
 
 def _kv_dtype(kv_dtype: str, quantization: str) -> str:

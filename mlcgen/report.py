@@ -13,7 +13,7 @@ FLOPS = "mlcgen.flops_per_token"
 
 
 def kernels(mod: IRModule, num_weights: int) -> dict[str, Any]:
-    """From the scheduled module: {"kernels": [...], "fallbacks": [...]}; the last num_weights parameters are weights."""
+    """{"kernels": [...], "fallbacks": [...]} of a scheduled module whose last num_weights parameters are weights."""
     weights = set(mod[FORWARD].params[-num_weights:])
     found: dict[str, dict[str, Any]] = {}
     for value in bindings(mod).values():

@@ -8,40 +8,15 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 
-from mlcgen import formats
 from mlcgen.artifact import WeightWriter
 from mlcgen.checkpoint import Checkpoint
-from mlcgen.errors import CheckpointError, UnsupportedError
-from mlcgen.formats import WeightFormat, grouped
+from mlcgen.errors import CheckpointError
+from mlcgen.formats import stored_format, wanted_format
 from mlcgen.passes.lift_weights import GROUP_PARTS, Lifted
 from mlcgen.passes.quantize import WeightSource
 from mlcgen.passes.rewrite import FORWARD, static_shape
 
 Array = npt.NDArray[Any]
-QUANTIZATIONS: Mapping[str, WeightFormat | None] = {
-    "f32": formats.F32,
-    "f16": formats.F16,
-    "bf16": formats.BF16,
-    "q8": formats.Q8,
-    "q4": formats.Q4,
-    "gguf": None,  # each matrix in the file's own blocks
-}
-# 4 bits cost these more quality than the rest of the model together: q4 keeps them in 8, as GGUF's 4-bit files do.
-VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
-# The format that holds a GGUF block type's codes and scales without going through float.
-GGUF_FORMATS: Mapping[str, WeightFormat] = {
-    "q4_0": formats.Q4,
-    "q4_1": grouped(4, has_minimum=True),
-    "q5_0": formats.Q8,
-    "q5_1": grouped(8, has_minimum=True),
-    "q8_0": formats.Q8,
-    "q4_k": grouped(4, has_minimum=True),
-    "q5_k": grouped(8, has_minimum=True),
-    "q6_k": grouped(8, group=16),
-    "float32": formats.F32,
-    "float16": formats.F16,
-    "bfloat16": formats.BF16,
-}
 
 
 def check_parameters(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -58,19 +33,15 @@ def storage_plan(
     quantization: str, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]
 ) -> tuple[dict[str, WeightSource], list[str]]:
     """How each matrix is stored, by parameter name, and the fallbacks that this took, in words."""
-    if quantization not in QUANTIZATIONS:
-        raise UnsupportedError(f"quantization {quantization!r} is not supported; have: {', '.join(QUANTIZATIONS)}")
     plan: dict[str, WeightSource] = {}
     fallbacks = []
     for name, shape in shapes.items():
         if len(shape) != 2:
             continue
-        fmt = QUANTIZATIONS[quantization] or GGUF_FORMATS[dtypes[name]]
-        if quantization == "q4" and name in VOCABULARY:
-            fmt = formats.Q8
-        if fmt.is_grouped and shape[1] % fmt.group:
-            fallbacks.append(f"{name}: {shape[1]} columns are no multiple of {fmt.group}, stored as f16 instead of {fmt.name}")
-            fmt = formats.F16
+        wanted = wanted_format(quantization, name, dtypes[name])
+        fmt = stored_format(wanted, shape)
+        if fmt != wanted:
+            fallbacks.append(f"{name}: {shape[1]} columns do not divide into groups, stored as {fmt.name}")
         plan[name] = WeightSource(name, fmt, quantization == "gguf" and fmt.is_grouped)
     return plan, fallbacks
 

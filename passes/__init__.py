@@ -1,6 +1,6 @@
 """The order of the passes, on one page. A pass is a function IRModule -> IRModule in the file of its name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,7 +34,7 @@ def model_pipeline(target: Target, options: PassOptions) -> list[NamedPass]:
     """From the plain model to kernels; what depends on weights alone is still in the function."""
     formats = {source.fmt.name: source.fmt for source in options.sources.values()}
 
-    def can_stack(names: list[str]) -> bool:
+    def can_stack(names: Sequence[str]) -> bool:
         """Matrices of one storage format may share a buffer."""
         found = [options.sources[name] for name in names]
         return len({(source.fmt, source.in_groups) for source in found}) == 1

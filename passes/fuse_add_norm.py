@@ -1,5 +1,7 @@
 """A residual addition and the RMS norm that follows become one kernel with two results; a lone norm becomes ours."""
 
+from typing import TypeGuard
+
 from tvm import IRModule, relax
 
 from mlcgen.passes.rewrite import Rewriter, bindings, is_op, rewrite
@@ -32,7 +34,7 @@ def fuse_add_norm(mod: IRModule, target: Target) -> IRModule:
     return rewrite(mod, rule)
 
 
-def _is_rms_norm(value: relax.Expr | None) -> bool:
+def _is_rms_norm(value: relax.Expr | None) -> TypeGuard[relax.Call]:
     """Over the last axis of a (tokens, hidden) tensor."""
     return is_op(value, "relax.nn.rms_norm") and len(value.ty.shape) == 2 and [int(a) for a in value.attrs.axes] == [-1]
 

@@ -21,7 +21,9 @@ def fuse_dequantize_matmul(mod: IRModule, formats: Mapping[str, WeightFormat], t
         name = rewriter.kernel_attr(call, FORMAT)
         return None if name is None else (formats[str(name)], list(call.args[1].fields), static_shape(weight))
 
-    def linear(rewriter: Rewriter, x: relax.Expr, weight: relax.Expr, bias: list[relax.Expr], out: object) -> relax.Expr:
+    def linear(
+        rewriter: Rewriter, x: relax.Expr, weight: relax.Expr, bias: list[relax.Expr], out: object
+    ) -> relax.Expr:
         fmt, stored, (n, k) = parts(rewriter, weight)  # type: ignore[misc]
         kernel = target.kernels.linear(fmt, n, k, bool(bias)).with_attr(LINEAR, fmt.name)
         return rewriter.call_kernel(kernel, [x, *stored, *bias], out)
@@ -29,7 +31,9 @@ def fuse_dequantize_matmul(mod: IRModule, formats: Mapping[str, WeightFormat], t
     def rule(rewriter: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
         if is_op(value, "relax.take") and (found := parts(rewriter, value.args[0])) is not None:
             fmt, stored, (vocab, hidden) = found
-            return rewriter.call_kernel(target.kernels.embedding(fmt, vocab, hidden), [value.args[1], *stored], value.ty)
+            return rewriter.call_kernel(
+                target.kernels.embedding(fmt, vocab, hidden), [value.args[1], *stored], value.ty
+            )
         product = value
         bias: list[relax.Expr] = []
         if is_op(value, "relax.add") and len(value.args[1].ty.shape) == 1:

@@ -64,8 +64,9 @@ def _match(values: Mapping[relax.Var, relax.Expr], appended: relax.Var, append: 
     q = next((q for q in values if _is_query_of(values, q, k)), None)
     if q is None:
         return None
-    parts = [_split_part(values, var) for var in (values[q].args[1], values[k].args[1], v)]
-    if None in parts or [p[1] for p in parts if p] != [0, 1, 2] or len({p[0] for p in parts if p}) != 1:
+    found = [_split_part(values, var) for var in (values[q].args[1], values[k].args[1], v)]
+    parts = [part for part in found if part is not None]
+    if [index for _, index in parts] != [0, 1, 2] or len({split for split, _ in parts}) != 1:
         return None
     split = values[parts[0][0]]
     return _RopeAppend(q, appended, split.args[0], *values[q].args[2:4])
@@ -73,7 +74,7 @@ def _match(values: Mapping[relax.Var, relax.Expr], appended: relax.Var, append: 
 
 def _is_query_of(values: Mapping[relax.Var, relax.Expr], q: relax.Var, k: relax.Var) -> bool:
     """q and k are both ropes of parts of one split, with the same angles."""
-    if not (is_marked(values[q], ROPE) and is_marked(values.get(k), ROPE)) or q.same_as(k):
+    if not is_marked(values[q], ROPE) or not is_marked(values.get(k), ROPE) or q.same_as(k):
         return False
     parts = _split_part(values, values[q].args[1]), _split_part(values, values[k].args[1])
     same_split = parts[0] is not None and parts[1] is not None and parts[0][0].same_as(parts[1][0])
@@ -106,9 +107,7 @@ def write_out_rope(mod: IRModule) -> IRModule:
             doubled = rewriter.emit(relax.op.concat([table, table], axis=1))  # (n, d)
             return rewriter.emit(relax.op.expand_dims(doubled, 1))
 
-        kept, moved = (
-            rewriter.emit(relax.op.multiply(a, wide(t))) for a, t in ((x, cos), (turned, sin))
-        )
+        kept, moved = (rewriter.emit(relax.op.multiply(a, wide(t))) for a, t in ((x, cos), (turned, sin)))
         return relax.op.add(kept, moved)
 
     return rewrite(mod, rule)

@@ -9,7 +9,6 @@ from tvm.relax.analysis import free_vars
 
 from mlcgen.passes.rewrite import FORWARD, Rewriter, bindings, rewrite, with_params
 
-
 GROUP_PARTS = ("codes", "scale", "minimum")  # `<parameter>.<part>`: a matrix that the checkpoint holds in groups
 
 
@@ -57,7 +56,7 @@ def _stored_name(var: relax.Var, sources: Sequence[str]) -> str:
 
 
 def _weight_side(
-    values: dict[relax.Var, relax.Expr], weights: Sequence[relax.Var]
+    values: Mapping[relax.Var, relax.Expr], weights: Sequence[relax.Var]
 ) -> dict[relax.Var, tuple[relax.Var, ...]]:
     """Each variable that depends on weights alone -> the weights it depends on."""
     sources: dict[relax.Var, tuple[relax.Var, ...]] = {w: (w,) for w in weights}
@@ -104,8 +103,7 @@ def _transforms(
 
 
 def _slice(
-    mod: IRModule,
-    values: dict[relax.Var, relax.Expr], sources: Sequence[relax.Var], outputs: Sequence[relax.Var]
+    mod: IRModule, values: Mapping[relax.Var, relax.Expr], sources: Sequence[relax.Var], outputs: Sequence[relax.Var]
 ) -> relax.Function:
     """The bindings that `outputs` need, as a function of `sources`."""
     needed, stack = set[relax.Var](), list(outputs)

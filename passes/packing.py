@@ -88,7 +88,9 @@ def _pack_floats(fmt: WeightFormat, matrix: Tensor) -> Tensor:
 
     def at(t: Any, c: Any, r: Any) -> Any:
         value = tirx.if_then_else(t * TILE + r < n, matrix[t * TILE + r, c], tirx.const(0, "float32"))
-        return tirx.reinterpret("uint16", value.astype("bfloat16")) if fmt.dtype == "uint16" else value.astype(fmt.dtype)
+        return (
+            tirx.reinterpret("uint16", value.astype("bfloat16")) if fmt.dtype == "uint16" else value.astype(fmt.dtype)
+        )
 
     return te.compute((-(-n // TILE), k, TILE), at, name="w")
 

@@ -13,10 +13,10 @@ pages (PagedAttention, Kwon et al. 2023). The function gains the inputs
 from dataclasses import dataclass
 
 from tvm import IRModule, relax, tirx
-from tvm.script import tirx as T
+from tvm.script import tirx as T  # noqa: N812
 
 from mlcgen.models.layers import ATTENTION
-from mlcgen.passes.rewrite import FORWARD, Rewriter, bindings, is_marked, rewrite, static_shape
+from mlcgen.passes.rewrite import FORWARD, Rewriter, bindings, is_marked, rewrite
 from mlcgen.targets.base import Target
 
 
@@ -51,9 +51,8 @@ def paged_attention(mod: IRModule, layout: KvLayout, target: Target) -> IRModule
             relax.call_tir_inplace(append, [k, v, slot_mapping, pages[layer]], 3, pages_ty), "appended"
         )
         _, heads, head_dim = q.ty.shape
-        kernel = target.kernels.paged_attention(
-            int(heads), layout.num_kv_heads, layout.head_dim, layout.page_size, layout.dtype, int(head_dim) ** -0.5, window
-        )
+        sizes = (int(heads), layout.num_kv_heads, layout.head_dim, layout.page_size)
+        kernel = target.kernels.paged_attention(*sizes, layout.dtype, int(head_dim) ** -0.5, window)
         args = [q, appended, *indices, rewriter.visit_expr(positions)]
         return rewriter.call_kernel(kernel, args, q.ty)
 
@@ -82,8 +81,8 @@ def append_kernel(layout: KvLayout) -> tirx.PrimFunc:
     def stored(value: tirx.Expr) -> tirx.Expr:
         return T.reinterpret(T.Cast("bfloat16", value), "uint16") if dtype == "uint16" else T.Cast(dtype, value)
 
-    @T.prim_func(s_tir=True, private=True)
-    def append(k_: T.handle, v_: T.handle, slots_: T.handle, pages_: T.handle):
+    @T.prim_func(s_tir=True, private=True)  # type: ignore[untyped-decorator]
+    def append(k_: T.handle, v_: T.handle, slots_: T.handle, pages_: T.handle):  # type: ignore[no-untyped-def]
         T.func_attr({"tirx.noalias": True, "op_pattern": 8})
         n = T.int64()
         num_pages = T.int64()

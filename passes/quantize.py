@@ -86,9 +86,11 @@ def _stored(
     else:
         matrix = _stack(rewriter, weights)
         packed = build.emit_te(lambda w: quantize_and_pack(fmt, w), matrix, primfunc_name_hint="quantize")
-    parts = [packed] if not isinstance(packed.ty, relax.TupleType) else [
-        relax.TupleGetItem(packed, i) for i in range(len(packed.ty.fields))
-    ]
+    parts = (
+        [packed]
+        if not isinstance(packed.ty, relax.TupleType)
+        else [relax.TupleGetItem(packed, i) for i in range(len(packed.ty.fields))]
+    )
     names = [part for part, _, _ in fmt.parts(n, k)]
     parts = [rewriter.emit(part, suffix) for part, suffix in zip(parts, names, strict=True)]
     return build.emit_te(

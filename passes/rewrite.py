@@ -1,7 +1,7 @@
 """The one place that knows TVM's mutator: rewrite the bindings of the module's `forward` function by a rule."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from tvm import IRModule, ir, relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
@@ -80,11 +80,11 @@ def with_params(func: relax.Function, params: Sequence[relax.Var], num_input: in
     return new.with_attr("num_input", num_input)
 
 
-def is_op(expr: relax.Expr, name: str) -> bool:
+def is_op(expr: relax.Expr | None, name: str) -> TypeGuard[relax.Call]:
     return isinstance(expr, relax.Call) and isinstance(expr.op, ir.Op) and expr.op.name == name
 
 
-def is_marked(expr: relax.Expr, name: str) -> bool:
+def is_marked(expr: relax.Expr | None, name: str) -> TypeGuard[relax.Call]:
     """Whether the expression is a marked call of the model, such as mlcgen.attention."""
     if not is_op(expr, "relax.call_pure_packed"):
         return False

@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 
 from mlcgen.checkpoint.base import Array, Checkpoint, Grouped, TensorInfo, Tokenizer
-
 from mlcgen.errors import CheckpointError, UnsupportedError
 from mlcgen.safetensors import Entry, read_entries, read_tensor
 

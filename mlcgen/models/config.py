@@ -8,13 +8,14 @@ from mlcgen.errors import CheckpointError, UnsupportedError
 from mlcgen.models.rope import Rope, parse_rope
 
 # Fields that change nothing at inference.
-IGNORED = frozenset(
-    """architectures model_type torch_dtype dtype transformers_version use_cache initializer_range attention_dropout
-    hidden_dropout bos_token_id eos_token_id pad_token_id unk_token_id generation_eos_token_id auto_map
-    transformers.js_config is_llama_config _name_or_path name_or_path return_dict output_attentions
-    output_hidden_states id2label label2id problem_type chunk_size_feed_forward max_window_layers
-    _attn_implementation unsloth_version unsloth_fixed vocab_file""".split()
-)
+IGNORED = frozenset({
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache",
+    "initializer_range", "attention_dropout", "hidden_dropout", "bos_token_id", "eos_token_id", "pad_token_id",
+    "unk_token_id", "generation_eos_token_id", "auto_map", "transformers.js_config", "is_llama_config",
+    "_name_or_path", "name_or_path", "return_dict", "output_attentions", "output_hidden_states", "id2label",
+    "label2id", "problem_type", "chunk_size_feed_forward", "max_window_layers", "_attn_implementation",
+    "unsloth_version", "unsloth_fixed", "vocab_file",
+})  # fmt: skip
 # Fields that may hold only these values: anything else is a model that we would get wrong.
 FIXED: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -87,7 +88,9 @@ class Fields:
         for name, value in self.hf.items():
             if name in FIXED:
                 if value not in FIXED[name]:
-                    raise UnsupportedError(f"config field {name!r} = {value!r} is not supported; have: {FIXED[name][0]!r}")
+                    raise UnsupportedError(
+                        f"config field {name!r} = {value!r} is not supported; have: {FIXED[name][0]!r}"
+                    )
             elif name not in known and value:
                 raise UnsupportedError(f"config field {name!r} = {value!r} is not supported by {self.hf['model_type']}")
 

@@ -39,7 +39,7 @@ def rope_table(positions: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
     return (cos, sin) if rope.attention_factor == 1.0 else (op.multiply(cos, factor), op.multiply(sin, factor))
 
 
-class Attention(nn.Module):
+class Attention(nn.Module):  # type: ignore[misc]
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         self.layer, self.head_dim = layer, config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.q_size, bias=config.qkv_bias)
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         return self.o_proj(op.reshape(out, (n, self.o_proj.in_features)))
 
 
-class MLP(nn.Module):
+class MLP(nn.Module):  # type: ignore[misc]
     """SwiGLU (Shazeer 2020)."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -69,7 +69,7 @@ class MLP(nn.Module):
         return self.down_proj(op.multiply(op.silu(self.gate_proj(x)), self.up_proj(x)))
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(nn.Module):  # type: ignore[misc]
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         self.input_layernorm = nn.RMSNorm(config.hidden_size, -1, config.norm_eps, bias=False)
         self.self_attn = Attention(config, layer)
@@ -81,7 +81,7 @@ class DecoderLayer(nn.Module):
         return op.add(x, self.mlp(self.post_attention_layernorm(x)))
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module):  # type: ignore[misc]
     def __init__(self, config: DecoderConfig) -> None:
         self.rope = config.rope
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-class CausalLM(nn.Module):
+class CausalLM(nn.Module):  # type: ignore[misc]
     def __init__(self, config: DecoderConfig) -> None:
         self.model = Decoder(config)
         if not config.tie_word_embeddings:

@@ -22,7 +22,7 @@ MEMORY_SHARE = 0.5  # of what is free, for pages, when the user names no number
 class LoadedModel:
     executor: Executor
     tokenizer_path: Path | None
-    tokenizer_config: Mapping[str, Any]
+    tokenizer_config: dict[str, Any]
     eos_token_ids: list[int]
     context_length: int
     max_batch: int

@@ -1,11 +1,12 @@
 """The `vm` executor: a compiled Relax function run by TVM's small runtime library, through tvm_ffi alone."""
 
+import contextlib
 import ctypes
 import importlib.util
 import mmap
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,29 @@ def load_runtime_library(carried: Path | None) -> None:
     path = installed_runtime_library() or carried
     if path is None:
         raise ArtifactError("TVM's runtime library is neither in this artifact nor installed; pip install apache-tvm")
-    import tvm_ffi  # noqa: F401  (the library's symbols come from it)
+    with _without_torch():
+        import tvm_ffi  # noqa: F401  (the library's symbols come from it)
 
     try:
         ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise ArtifactError(f"cannot load {path}: {error}") from error
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """tvm_ffi imports torch wherever that is installed, which takes seconds and 300 MB of memory; we need none of it.
+
+    None in sys.modules makes `import torch` an ImportError, as where it is absent. Does nothing if torch is there.
+    """
+    if "torch" in sys.modules or "tvm_ffi" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def installed_runtime_library() -> Path | None:
@@ -84,7 +102,8 @@ class VmExecutor:
         rows = batch.logit_rows if wanted else np.zeros(1, np.int32)  # the output matrix takes at least one row
         arrays = [rows if name == "logit_rows" else getattr(batch, name) for name in self._inputs]
         logits = self._forward(*(self._tensor(_aligned(a)) for a in arrays), *self._pages, *self._weights)
-        return np.from_dlpack(logits)[:wanted]
+        result: Float32 = np.from_dlpack(logits)[:wanted]  # type: ignore[assignment]
+        return result
 
 
 def _zero_pages(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:

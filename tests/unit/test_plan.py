@@ -5,7 +5,7 @@ import pytest
 from mlcgen.errors import MlcgenError
 from mlcgen.models import parse_config
 from mlcgen.models.config import DecoderConfig
-from mlcgen.plan import QUANTIZATIONS, STORED, Plan, kv_bytes_per_token, make_plan, weight_bytes
+from mlcgen.plan import Plan, kv_bytes_per_token, make_plan, weight_bytes
 
 GIB = 1 << 30
 
@@ -107,9 +107,3 @@ def test_advice_to_quantize_only_where_it_helps() -> None:
 def test_advised_context_fits() -> None:
     tokens = int(plan(2 * GIB).advice.split()[1])
     assert make_plan("m", config(), "q4", GIB, 1 << 10, tokens, 1, 2 * GIB).verdict == "fits"
-
-
-def test_formats_are_those_of_the_compiler() -> None:
-    weights = pytest.importorskip("mlcgen.weights")
-    assert {**QUANTIZATIONS, "gguf": None} == weights.QUANTIZATIONS
-    assert STORED == weights.GGUF_FORMATS

@@ -1,0 +1,84 @@
+"""Greedy ids of unquantized builds equal transformers' in float32; quantized ones keep the perplexity."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlcgen import LLM, SamplingParams
+from mlcgen.evaluate import perplexity
+from mlcgen.runtime.load import load_executor
+
+DATA = Path(__file__).parents[1] / "data"
+Compile = Callable[..., Path]
+
+
+def golden(name: str) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = json.loads((DATA / name).read_text())["results"]
+    return results
+
+
+SMOLLM2 = golden("golden_smollm2_135m.json")
+QWEN = golden("golden_qwen2.5_coder_0.5b.json")
+
+
+def greedy(results: list[dict[str, Any]]) -> list[SamplingParams]:
+    return [SamplingParams(temperature=0.0, max_tokens=len(r["output_ids"])) for r in results]
+
+
+def assert_golden(outputs: list[Any], results: list[dict[str, Any]]) -> None:
+    for output, expected in zip(outputs, results, strict=True):
+        assert output.error is None
+        assert output.prompt_token_ids == expected["input_ids"]
+        assert list(output.token_ids) == expected["output_ids"]
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_smollm2_alone_and_as_one_batch(compile_smollm2: Compile, page_size: int) -> None:
+    llm = LLM(compile_smollm2("f32", page_size=page_size), num_pages=-(-512 // page_size))
+    prompts = [r["prompt"] for r in SMOLLM2]
+    alone = [llm.generate([p], [params])[0] for p, params in zip(prompts, greedy(SMOLLM2), strict=True)]
+    assert_golden(alone, SMOLLM2)
+    assert_golden(llm.generate(prompts, greedy(SMOLLM2)), SMOLLM2)
+
+
+def test_smollm2_with_preemption(compile_smollm2: Compile) -> None:
+    """Room for the longest sequence and a little more: the others are preempted and recomputed."""
+    longest = max(len(r["input_ids"]) + len(r["output_ids"]) for r in SMOLLM2)
+    llm = LLM(compile_smollm2("f32", page_size=1), num_pages=longest + 4)
+    together = sum(len(r["input_ids"]) + len(r["output_ids"]) for r in SMOLLM2)
+    assert together > 2 * (longest + 4)  # they cannot all stay
+    assert_golden(llm.generate([r["prompt"] for r in SMOLLM2], greedy(SMOLLM2)), SMOLLM2)
+
+
+def test_first_step_logprobs(compile_smollm2: Compile) -> None:
+    llm = LLM(compile_smollm2("f32", page_size=16), num_pages=64)
+    for result in SMOLLM2:
+        params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=5)
+        first = llm.generate([result["prompt"]], params)[0].outputs[0].logprobs[0]
+        tokens = [token for token, _ in result["top5_first"]]
+        logits = np.array([logit for _, logit in result["top5_first"]])
+        got = np.array([getattr(first[t], "logprob", first[t]) for t in tokens])
+        np.testing.assert_allclose(got - got[0], logits - logits[0], atol=1e-3)
+
+
+@pytest.mark.parametrize(("quantization", "tolerance"), [("f32", 0.005), ("gguf", 0.02), ("q8", 0.02)])
+def test_perplexity(compile_smollm2: Compile, quantization: str, tolerance: float) -> None:
+    """4.4485 by transformers in float32 on the same 4,096 ids; see tests/data."""
+    options = {"page_size": 16} if quantization == "f32" else {}
+    ids = json.loads((DATA / "smollm2_135m_ppl_ids_humaneval.json").read_text())
+    ids = ids if isinstance(ids, list) else next(v for v in ids.values() if isinstance(v, list))
+    executor = load_executor(compile_smollm2(quantization, **options), num_pages=64).executor
+    result = perplexity(executor, ids, 512)
+    assert result["predicted"] == 4088
+    assert result["ppl"] == pytest.approx(4.4485, abs=tolerance)
+
+
+def test_qwen_alone_and_as_one_batch(qwen_artifact: Path) -> None:
+    llm = LLM(qwen_artifact, num_pages=64)
+    for params, result in zip(greedy(QWEN), QWEN, strict=True):
+        assert_golden(llm.generate([result["prompt"]], [params]), [result])
+    assert_golden(llm.generate([r["prompt"] for r in QWEN], greedy(QWEN)), QWEN)
