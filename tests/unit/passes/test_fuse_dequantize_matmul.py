@@ -1,0 +1,136 @@
+import numpy as np
+import pytest
+from tvm import relax
+
+from mlcgen.formats import BF16, F16, F32, Q4, Q8, grouped
+from mlcgen.passes.fuse_dequantize_matmul import LINEAR, fuse_dequantize_matmul
+from mlcgen.passes.packing import dequantize
+from mlcgen.passes.quantize import FORMAT
+
+ROWS, COLUMNS = 20, 64
+FORMATS = [F32, F16, BF16, Q8, Q4, grouped(8, 16), grouped(4, has_minimum=True), grouped(8, has_minimum=True)]
+every_format = pytest.mark.parametrize("fmt", FORMATS, ids=[fmt.name for fmt in FORMATS])
+
+
+def params(tools, fmt, first, *more):
+    return [first, *(tools.var(name, *shape, dtype=dtype) for name, shape, dtype in fmt.parts(ROWS, COLUMNS)), *more]
+
+
+def rows(tools, name="x"):
+    return tools.var(name, tools.n, COLUMNS)
+
+
+def decode(builder, fmt, parts, marked=True):
+    attrs = {FORMAT: fmt.name} if marked else {}
+    return builder.emit_te(
+        lambda *p: dequantize(fmt, ROWS, COLUMNS, p), *parts, primfunc_name_hint="dequantize", primfunc_attrs=attrs
+    )
+
+
+def product(tools, fmt, bias=False, marked=True):
+    def body(builder, x, *parts):
+        *parts, b = [*parts] if bias else [*parts, None]
+        return tools.linear(builder, x, decode(builder, fmt, parts, marked), b)
+
+    return tools.forward(params(tools, fmt, rows(tools), *([tools.var("bias", ROWS)] if bias else [])), body)
+
+
+def lookup(tools, fmt):
+    def body(builder, ids, *parts):
+        return relax.op.take(decode(builder, fmt, parts), ids, axis=0)
+
+    return tools.forward(params(tools, fmt, tools.var("ids", tools.n, dtype="int32")), body)
+
+
+def fuse(tools, mod, fmt):
+    return fuse_dequantize_matmul(mod, {fmt.name: fmt}, tools.target)
+
+
+def canonical(mod):
+    return relax.transform.CanonicalizeBindings()(mod)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@every_format
+def test_product_becomes_one_kernel(tools, fmt, bias):
+    def body(builder, x, *stored):
+        kernel = tools.target.kernels.linear(fmt, ROWS, COLUMNS, bias).with_attr(LINEAR, fmt.name)
+        return tools.call_kernel(builder, kernel, [x, *stored], relax.TensorType((tools.n, ROWS), "float32"))
+
+    last = [tools.var("bias", ROWS)] if bias else []
+    expected = tools.forward(params(tools, fmt, rows(tools), *last), body)
+    tools.same(canonical(fuse(tools, product(tools, fmt, bias), fmt)), canonical(expected))
+
+
+def test_lookup_becomes_one_kernel(tools):
+    def body(builder, ids, *parts):
+        kernel = tools.target.kernels.embedding(Q8, ROWS, COLUMNS)
+        return tools.call_kernel(builder, kernel, [ids, *parts], relax.TensorType((tools.n, COLUMNS), "float32"))
+
+    expected = tools.forward(params(tools, Q8, tools.var("ids", tools.n, dtype="int32")), body)
+    tools.same(canonical(fuse(tools, lookup(tools, Q8), Q8)), canonical(expected))
+
+
+def test_a_matrix_in_plain_floats_stays(tools):
+    weight = tools.var("w", ROWS, COLUMNS)
+    mod = tools.forward([rows(tools), weight], lambda builder, x, w: tools.linear(builder, x, w))
+    tools.same(canonical(fuse(tools, mod, Q8)), canonical(mod))
+
+
+def test_a_kernel_without_the_mark_stays(tools):
+    """The attribute counts, not the name `dequantize`."""
+    mod = product(tools, Q8, marked=False)
+    tools.same(canonical(fuse(tools, mod, Q8)), canonical(mod))
+
+
+def test_a_residual_is_no_bias(tools):
+    def body(builder, x, residual, *parts):
+        return relax.op.add(tools.linear(builder, x, decode(builder, Q8, parts)), residual)
+
+    residual = tools.var("residual", tools.n, ROWS)
+    first, *stored = params(tools, Q8, rows(tools))
+    after = fuse(tools, tools.forward([first, residual, *stored], body, 2), Q8)
+    assert tools.ops(after) == ["linear_q8", "add"]
+
+
+def test_a_product_with_a_bias_that_others_read_too(tools, rng):
+    def body(builder, x, *parts):
+        *parts, bias = parts
+        out = tools.linear(builder, x, decode(builder, F32, parts))
+        return relax.op.multiply(builder.emit(relax.op.add(out, bias)), out)
+
+    mod = tools.forward(params(tools, F32, rows(tools), tools.var("bias", ROWS)), body)
+    arrays = [rng.normal(size=(5, COLUMNS)).astype("f4"), *stored(F32, rng), rng.normal(size=ROWS).astype("f4")]
+    np.testing.assert_allclose(tools.run(fuse(tools, mod, F32), *arrays), tools.run(mod, *arrays), rtol=1e-3, atol=1e-3)
+
+
+def stored(fmt, rng):
+    """Any parts at all: what they mean does not matter here."""
+    arrays = []
+    for _, shape, dtype in fmt.parts(ROWS, COLUMNS):
+        if fmt is BF16:
+            arrays.append((rng.normal(size=shape).astype("f4").view("u4") >> 16).astype("u2"))
+        elif dtype == "uint8":
+            arrays.append(rng.integers(0, 256, shape, dtype="u1"))
+        else:
+            arrays.append(rng.normal(0, 0.1, size=shape).astype(dtype))
+    return arrays
+
+
+@every_format
+def test_same_result(tools, rng, fmt):
+    x, parts, bias = rng.normal(size=(5, COLUMNS)).astype("f4"), stored(fmt, rng), rng.normal(size=ROWS).astype("f4")
+    before = product(tools, fmt, bias=True)
+    plain = tools.run(before, x, *parts, bias)
+    fused = tools.run(fuse(tools, before, fmt), x, *parts, bias)
+    # Kernels may round the activations of grouped formats to 8 bits.
+    limit = 0.02 if fmt.is_grouped else 1e-5
+    assert np.linalg.norm(fused - plain) / np.linalg.norm(plain) < limit
+
+
+@every_format
+def test_same_rows(tools, rng, fmt):
+    ids, parts = np.array([0, 19, 16, 3], "i4"), stored(fmt, rng)
+    before = lookup(tools, fmt)
+    plain, fused = (tools.run(mod, ids, *parts) for mod in (before, fuse(tools, before, fmt)))
+    np.testing.assert_allclose(fused, plain, rtol=1e-4, atol=1e-5)
