@@ -1,0 +1,73 @@
+"""Building CPU kernels for the instruction sets that this machine runs, and for one that it does not."""
+
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tvm
+from tvm.runtime import tensor
+
+from mlcgen.targets.cpu_kernels import Isa
+
+AARCH64 = tvm.target.Target({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]})
+X86_LEVELS = {
+    "x86-64": set(),
+    "x86-64-v3": {"avx2", "fma", "f16c", "bmi2"},
+    "x86-64-v4": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+}
+MakeKernel = Callable[[Isa], tvm.tirx.PrimFunc]
+
+
+def _missing(level: str) -> set[str]:
+    if platform.machine() != "x86_64":
+        return {"x86-64"}
+    return X86_LEVELS[level] - set(Path("/proc/cpuinfo").read_text().split())
+
+
+every_isa = pytest.mark.parametrize(
+    "mcpu",
+    [
+        pytest.param(level, marks=pytest.mark.skipif(bool(_missing(level)), reason=f"this CPU is no {level}"))
+        for level in X86_LEVELS
+    ],
+)
+
+
+def build(mcpu: str, make: MakeKernel) -> Callable[..., None]:
+    """The compiled kernel as a function of NumPy arrays, which it may write to."""
+    kernel = compile_for(tvm.target.Target({"kind": "llvm", "mcpu": mcpu}), make)
+
+    def run(*arrays: np.ndarray) -> None:
+        tensors = [tensor(array) for array in arrays]
+        kernel["main"](*tensors)
+        for array, result in zip(arrays, tensors, strict=True):
+            array[...] = result.numpy()
+
+    return run
+
+
+def compile_for(target: tvm.target.Target, make: MakeKernel) -> tvm.runtime.Executable:
+    func = make(Isa.from_target(target)).with_attr("global_symbol", "main")
+    return tvm.compile(tvm.IRModule({"main": func}), target=target)
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def unset(*shape: int) -> np.ndarray:
+    return np.full(shape, np.nan, np.float32)
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float = 3e-6) -> None:
+    """Within `tolerance` of the largest expected value."""
+    assert actual.shape == expected.shape
+    error = np.abs(actual - expected)
+    assert np.all(error <= tolerance * np.abs(expected).max()), f"largest error {np.nanmax(error)}"
+
+
+def compiles_for_aarch64(kernels: Sequence[MakeKernel]) -> None:
+    for make in kernels:
+        assert compile_for(AARCH64, make)

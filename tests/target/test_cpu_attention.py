@@ -1,0 +1,101 @@
+"""paged_attention of the CPU target, against NumPy: ragged batches, permuted block tables, windows, split keys."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from tvm import tirx
+
+from mlcgen.targets.cpu_kernels import Isa, paged_attention
+
+from .cpu_build import assert_close, build, compiles_for_aarch64, every_isa, normal, unset
+from .reference import attend, from_storage, to_storage
+
+
+@dataclass(frozen=True)
+class Shape:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    kv_dtype: str = "float32"
+    window: int = 0
+
+    def kernel(self, isa: Isa) -> tirx.PrimFunc:
+        scale = 1 / math.sqrt(self.head_dim)
+        args = (self.heads, self.kv_heads, self.head_dim, self.page_size, self.kv_dtype, scale, self.window)
+        return paged_attention(*args, isa)
+
+
+SHAPES = [
+    Shape(9, 3, 64, 16),
+    Shape(4, 4, 96, 5, "float16"),
+    Shape(7, 1, 128, 1, "bfloat16"),
+    Shape(8, 2, 64, 256, "float16", window=33),
+    Shape(10, 2, 256, 32, window=7),
+    Shape(12, 1, 80, 48),
+]
+# Sequences as (cached positions, new tokens).
+BATCHES = {
+    "first token": [(0, 1)],
+    "one page": [(3, 1), (0, 2)],
+    "vector boundary": [(14, 1), (15, 1), (16, 1)],
+    "long context, split": [(700, 1)],
+    "prefill": [(0, 100)],
+    "mixed": [(300, 40), (17, 1), (0, 3), (1000, 1), (63, 64)],
+    "many decodes": [(3 * i, 1) for i in range(40)],
+}
+
+
+def run(kernel: Callable[..., None], shape: Shape, batch: list[tuple[int, int]], seed: int) -> None:
+    """Pages that no position fills hold NaN, and block table entries that no page fills are out of range."""
+    rng = np.random.default_rng(seed)
+    kv, size = shape.kv_heads, shape.page_size
+    counts = [-(-(cached + new) // size) for cached, new in batch]
+    pages = to_storage(np.full((sum(counts) + 1, 2, kv, size, shape.head_dim), np.nan, np.float32), shape.kv_dtype)
+    block_table = np.full((len(batch), max(counts)), 2**30, np.int32)
+    free = list(rng.permutation(len(pages)))
+    q = normal(rng, sum(new for _, new in batch), shape.heads, shape.head_dim) * 2
+    positions, expected = [], []
+    for sequence, (cached, new) in enumerate(batch):
+        length = cached + new
+        keys, values = (to_storage(normal(rng, length, kv, shape.head_dim), shape.kv_dtype) for _ in range(2))
+        for i in range(counts[sequence]):
+            block_table[sequence, i] = page = free.pop()
+            here = slice(i * size, min((i + 1) * size, length))
+            pages[page, :, :, : here.stop - here.start] = np.stack([keys[here], values[here]]).transpose(0, 2, 1, 3)
+        keys, values = from_storage(keys, shape.kv_dtype), from_storage(values, shape.kv_dtype)
+        for position in range(cached, length):
+            row = q[len(positions)]
+            expected.append(attend(row, keys, values, position, 1 / math.sqrt(shape.head_dim), shape.window))
+            positions.append(position)
+    lengths = np.int32([cached + new for cached, new in batch])
+    starts = np.cumsum([0, *(new for _, new in batch)], dtype=np.int32)
+    out = unset(*q.shape)
+    kernel(q, pages, block_table, lengths, starts, np.int32(positions), out)
+    assert_close(out, np.stack(expected))
+
+
+@every_isa
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_paged_attention(mcpu: str, shape: Shape) -> None:
+    kernel = build(mcpu, shape.kernel)
+    for seed, batch in enumerate(BATCHES.values()):
+        run(kernel, shape, batch, seed)
+
+
+def test_a_sequence_without_new_tokens_is_skipped() -> None:
+    shape = SHAPES[0]
+    run(build("x86-64", shape.kernel), shape, [(20, 1), (30, 0), (0, 2)], seed=1)
+
+
+@pytest.mark.parametrize("group", [1, 2, 5, 7])
+def test_query_heads_per_kv_head(group: int) -> None:
+    shape = Shape(2 * group, 2, 32, 8)
+    run(build("x86-64", shape.kernel), shape, [(20, 1), (0, 30), (90, 2)], seed=group)
+
+
+def test_aarch64() -> None:
+    compiles_for_aarch64([SHAPES[i].kernel for i in (0, 2, 3)])
