@@ -46,8 +46,8 @@ def linker(arch: str) -> list[str]:
 @contextlib.contextmanager
 def _zig_cache() -> Iterator[dict[str, str]]:
     """An environment in which zig can keep the parts of libc that it builds, also where the home is read-only."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path(os.environ.get("HOME") or "/nonexistent") / ".cache"
-    usual = Path(os.environ.get("ZIG_GLOBAL_CACHE_DIR") or Path(home) / "zig")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    usual = Path(os.environ.get("ZIG_GLOBAL_CACHE_DIR") or f"{home}/zig")
     with contextlib.ExitStack() as stack:
         try:
             usual.mkdir(parents=True, exist_ok=True)
