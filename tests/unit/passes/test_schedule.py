@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tvm
 from tvm import IRModule, relax, te
-from tvm.script import tirx as T
+from tvm.script import tirx as T  # noqa: N812
 
 from mlcgen.passes.schedule import HOW, describe, schedule
 
@@ -18,12 +18,13 @@ def doubled(a: T.Buffer((8, 32), "float32"), out: T.Buffer((8, 32), "float32")):
 @T.prim_func(s_tir=True, private=True)
 def doubled_in_parallel(a: T.Buffer((8, 32), "float32"), out: T.Buffer((8, 32), "float32")):
     T.func_attr({"mlcgen.how": "rule: elementwise"})
-    for i_j_0_fused in T.parallel(16):
-        for j_1 in T.vectorized(16):
-            with T.sblock("out"):
-                vi = T.axis.spatial(8, i_j_0_fused // 2)
-                vj = T.axis.spatial(32, i_j_0_fused % 2 * 16 + j_1)
-                out[vi, vj] = a[vi, vj] * T.float32(2)
+    for i in T.parallel(8):
+        for j_0 in range(2):
+            for j_1 in T.vectorized(16):
+                with T.sblock("out"):
+                    vi = T.axis.spatial(8, i)
+                    vj = T.axis.spatial(32, j_0 * 16 + j_1)
+                    out[vi, vj] = a[vi, vj] * T.float32(2)
 
 
 @T.prim_func(s_tir=True, private=True)

@@ -13,7 +13,7 @@ def model(tools, rows=None):
         hidden = builder.emit(relax.op.nn.relu(x))
         transposed = builder.emit(relax.op.permute_dims(params[-1]))
         if rows is not None:
-            hidden = builder.emit(relax.op.take(hidden, params[0], axis=0))
+            hidden = builder.emit(relax.op.take(hidden, params[0], axis=0, mode="clip"))
         return builder.emit(relax.op.matmul(hidden, transposed))
 
     params = [tools.var("x", tools.n, 8), *([] if rows is None else [rows]), tools.var("w", 40, 8)]
