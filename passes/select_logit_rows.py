@@ -16,7 +16,7 @@ def select_logit_rows(mod: IRModule) -> IRModule:
     def rule(rewriter: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
         if not var.same_as(logits):
             return None
-        hidden = rewriter.emit(relax.op.take(value.args[0], rows, axis=0), "sampled_hidden")
+        hidden = rewriter.emit(relax.op.take(value.args[0], rows, axis=0, mode="clip"), "sampled_hidden")
         return relax.op.matmul(hidden, value.args[1])
 
     return rewrite(mod, rule, new_inputs=[rows])
