@@ -83,14 +83,20 @@ def dequantize(fmt: WeightFormat, n: int, k: int, parts: Sequence[Tensor]) -> Te
     return te.compute((n, k), value, name="dequantize")
 
 
+def bfloat16_bits(value: Any) -> Any:
+    """A float32 rounded to bfloat16 (ties to even), as uint16; TVM does not lower a cast and reinterpret."""
+    bits = tirx.reinterpret("uint32", value)
+    one, half = tirx.const(1, "uint32"), tirx.const(0x7FFF, "uint32")
+    sixteen = tirx.const(16, "uint32")
+    return ((bits + half + ((bits >> sixteen) & one)) >> sixteen).astype("uint16")
+
+
 def _pack_floats(fmt: WeightFormat, matrix: Tensor) -> Tensor:
     n, k = (int(d) for d in matrix.shape)
 
     def at(t: Any, c: Any, r: Any) -> Any:
         value = tirx.if_then_else(t * TILE + r < n, matrix[t * TILE + r, c], tirx.const(0, "float32"))
-        return (
-            tirx.reinterpret("uint16", value.astype("bfloat16")) if fmt.dtype == "uint16" else value.astype(fmt.dtype)
-        )
+        return bfloat16_bits(value) if fmt.dtype == "uint16" else value.astype(fmt.dtype)
 
     return te.compute((-(-n // TILE), k, TILE), at, name="w")
 

@@ -16,6 +16,7 @@ from tvm import IRModule, relax, tirx
 from tvm.script import tirx as T  # noqa: N812
 
 from mlcgen.models.layers import ATTENTION
+from mlcgen.passes.packing import bfloat16_bits
 from mlcgen.passes.rewrite import FORWARD, Rewriter, bindings, is_marked, rewrite
 from mlcgen.targets.base import Target
 
@@ -76,10 +77,10 @@ def append_kernel(layout: KvLayout) -> tirx.PrimFunc:
 
     The plain form, for models that put something between the projections and the cache; `fuse_rope` replaces it.
     """
-    heads, size, dim, dtype = layout.num_kv_heads, layout.page_size, layout.head_dim, layout.dtype
+    heads, size, dim, dtype = layout.num_kv_heads, layout.page_size, layout.head_dim, layout.storage
 
     def stored(value: tirx.Expr) -> tirx.Expr:
-        return T.reinterpret(T.Cast("bfloat16", value), "uint16") if dtype == "uint16" else T.Cast(dtype, value)
+        return bfloat16_bits(value) if dtype == "uint16" else T.Cast(dtype, value)
 
     @T.prim_func(s_tir=True, private=True)  # type: ignore[untyped-decorator]
     def append(k_: T.handle, v_: T.handle, slots_: T.handle, pages_: T.handle):  # type: ignore[no-untyped-def]

@@ -41,12 +41,15 @@ def _elementwise(func: tirx.PrimFunc) -> tirx.PrimFunc | None:
         return None
     for block in blocks[:-1]:
         sch.compute_inline(block)
-    loops = sch.get_loops(blocks[-1])
-    innermost = sch.get(loops[-1]).extent
-    if len(loops) > 1 and isinstance(innermost, tirx.IntImm) and int(innermost) % LANES == 0:
-        _, vector = sch.split(loops[-1], [None, LANES])
+    outer = sch.get_loops(blocks[-1])
+    if not outer:
+        return None
+    innermost = sch.get(outer[-1]).extent
+    if len(outer) > 1 and isinstance(innermost, tirx.IntImm) and int(innermost) % LANES == 0:
+        chunks, vector = sch.split(outer[-1], [None, LANES])
         sch.vectorize(vector)
-    sch.parallel(loops[0] if len(loops) == 1 else sch.fuse(*loops[:-1]))
+        outer = [*outer[:-1], chunks]  # one token alone is still shared among the threads
+    sch.parallel(outer[0] if len(outer) == 1 else sch.fuse(*outer))
     return sch.mod["main"]
 
 

@@ -87,7 +87,6 @@ def test_stored_names_of_a_model(tools, fmt):
     assert len(functions) < sum(t.function is not None for t in lifted.transforms)
 
 
-@pytest.mark.xfail(strict=True, reason="a name without a prefix gets a leading dot: .lm_head.weight.w")
 def test_stored_names_without_a_prefix(tools):
     lifted = lift_weights(optimised(tools, tools.config(num_layers=1), Q8))
     assert {"lm_head.weight.w", "lm_head.weight.scale"} <= set(lifted.weights)

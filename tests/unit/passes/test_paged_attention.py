@@ -71,7 +71,7 @@ def from_pages(pages, slots, size):
     [
         "float32",
         "float16",
-        pytest.param("bfloat16", marks=pytest.mark.xfail(strict=True, reason="append_kernel takes dtype, not storage")),
+        "bfloat16",
     ],
 )
 def test_append_writes_slots_and_skips_negative_ones(tools, rng, dtype):

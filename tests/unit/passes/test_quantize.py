@@ -150,12 +150,7 @@ SYMMETRIC = [*FLOATS, *(fmt for fmt in GROUPED if not fmt.has_minimum)]
 @pytest.mark.parametrize("rows", [16, ROWS])
 @pytest.mark.parametrize(
     "fmt",
-    [
-        pytest.param(fmt, marks=[pytest.mark.xfail(strict=True, reason="casts to bfloat16 do not compile")])
-        if fmt is BF16
-        else fmt
-        for fmt in SYMMETRIC
-    ],
+    SYMMETRIC,
     ids=ids(SYMMETRIC),
 )
 def test_quantize_and_pack(tools, rng, fmt, rows):
