@@ -219,12 +219,11 @@ class Timer:
         copies = max(2, COLD_BYTES // sum(a.nbytes for a in case.args))
         warm = self.best(run, [case.args], seconds)
         cold = self.best(run, [case.args] * min(copies, 256), seconds)
-        gflops = (
-            f"{case.flops / warm / 1e9:7.1f} {100 * case.flops / warm / self.peak_flops:4.0f}%" if case.flops else ""
-        )
+        flops, bandwidth = case.flops / warm, case.bytes / cold
         print(
-            f"{case.name:48s} {warm * 1e6:10.1f} {cold * 1e6:10.1f} {case.bytes / cold / 1e9:7.1f} "
-            f"{100 * case.bytes / cold / self.peak_bytes:4.0f}% {gflops}",
+            f"{case.name:48s} {warm * 1e6:10.1f} {cold * 1e6:10.1f}"
+            f" {bandwidth / 1e9:7.1f} {100 * bandwidth / self.peak_bytes:4.0f}%"
+            f" {flops / 1e9:7.1f} {100 * flops / self.peak_flops:4.0f}%",
             flush=True,
         )
         return cold * case.calls

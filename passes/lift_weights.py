@@ -52,9 +52,8 @@ def _stored_name(var: relax.Var, sources: Sequence[str]) -> str:
     owners = [name.rpartition(".")[0] for name in dict.fromkeys(parameters)]
     prefix = owners[0].rpartition(".")[0]
     stacked = "+".join(owner.rpartition(".")[2] for owner in owners)
-    return (
-        f"{prefix + '.' if prefix else ''}{stacked}.{parameters[0].rpartition('.')[2]}.{var.name.rstrip('0123456789')}"
-    )
+    path = [prefix, stacked, parameters[0].rpartition(".")[2], var.name.rstrip("0123456789")]
+    return ".".join(name for name in path if name)
 
 
 def _weight_side(
