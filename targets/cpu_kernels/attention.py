@@ -330,7 +330,7 @@ class _Decode:
         with T.serial(ceildiv(stop - start, lanes)) as block:
             first = bind(start + block * lanes)
             valid = self._valid(first, stop)
-            for cell in self.cache.keys(self.segment.seq, self.segment.head, first + lanes, self.end):
+            for cell in self.cache.keys(self.segment.seq, self.segment.head, first + 2 * lanes, self.end):
                 self.cache.prefetch(cell)
             dots = self._dot_products(self.cache.keys(self.segment.seq, self.segment.head, first, stop))
             for h in self.heads:
@@ -417,7 +417,7 @@ class _Decode:
         lanes, length = self.shape.lanes, self.cache.run
         first = bind(start + run * length)
         cell = bind(self.cache.key(self.segment.seq, self.segment.head, first) + self.cache.to_values)
-        ahead = bind(tirx.min(first + 2 * length, (self.end - 1) // length * length))
+        ahead = bind(tirx.min(first + 4 * length, (self.end - 1) // length * length))
         cell_ahead = bind(self.cache.key(self.segment.seq, self.segment.head, ahead) + self.cache.to_values)
         skip = bind(tirx.max(self.first - first, i64(0)))
         with T.serial(skip, tirx.max(tirx.min(stop - first, i64(length)), skip)) as i:

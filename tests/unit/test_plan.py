@@ -44,8 +44,10 @@ def test_biases_are_counted_in_float32() -> None:
 
 @pytest.mark.parametrize(("quantization", "bits"), [("f16", 16), ("bf16", 16), ("q8", 8.5), ("q4", 4.5)])
 def test_bits_per_weight(quantization: str, bits: float) -> None:
-    norms = 61 * 576
-    assert weight_bytes(config(), quantization) == (134_515_008 - norms) * bits / 8 + 4 * norms
+    norms, vocabulary = 61 * 576, 49152 * 576
+    vocabulary_bits = 8.5 if quantization == "q4" else bits  # q4 keeps the vocabulary in 8 bits
+    matrices = (134_515_008 - norms - vocabulary) * bits / 8 + vocabulary * vocabulary_bits / 8
+    assert weight_bytes(config(), quantization) == matrices + 4 * norms
 
 
 def test_rows_are_padded_to_whole_tiles() -> None:
