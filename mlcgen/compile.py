@@ -111,12 +111,10 @@ def _build(
         weights.check_parameters(checkpoint, shapes)
     plan, fallbacks = weights.storage_plan(options.quantization, shapes, dtypes)
     lifted, reports, entries = None, {}, []
-    for number, target in enumerate(targets):
-        progress(f"compiling for {target.name}", number, len(targets))
-        lifted, lines = _compile_target(mod, plan, options, target, staging, observe)
+    for target in targets:
+        lifted, lines = _compile_target(mod, plan, options, target, staging, progress, observe)
         reports[target.name] = {**lines, "fallbacks": [*fallbacks, *lines["fallbacks"]]}
         entries.append(_target_entry(target, staging))
-    progress(f"compiling for {targets[-1].name}", len(targets), len(targets))
     assert lifted is not None
     vm = build_functions(lifted.transform_module, observe)
     read = weights.random_reader(shapes) if options.random_weights else weights.checkpoint_reader(checkpoint)
@@ -134,21 +132,29 @@ def _compile_target(
     options: Options,
     target: Target,
     staging: Path,
+    progress: Progress,
     observe: "_Observer",
 ) -> tuple[Lifted, dict[str, Any]]:
     """Passes and code generation; writes the library."""
     bounds = {"n": MAX_TOKENS_PER_STEP, "rows": MAX_TOKENS_PER_STEP, "seqs": options.max_batch}
     pass_options = passes.PassOptions(plan, options.kv, bounds)
-    lifted = lift_weights(passes.run(mod, passes.model_pipeline(target, pass_options), target, observe))
+    model_passes, lowering = passes.model_pipeline(target, pass_options), passes.lowering_pipeline(bounds)
     scheduled: list[IRModule] = []
+    done = 0
 
-    def observe_schedule(name: str, module: IRModule) -> None:
+    def observe_pass(name: str, module: IRModule) -> None:
+        nonlocal done
+        done += 1
         observe(name, module)
+        progress(f"passes for {target.name}", done, len(model_passes) + len(lowering))
         if name == "schedule":
             scheduled.append(module)
 
-    lowered = passes.run(lifted.forward, passes.lowering_pipeline(bounds), target, observe_schedule)
+    lifted = lift_weights(passes.run(mod, model_passes, target, observe_pass))
+    lowered = passes.run(lifted.forward, lowering, target, observe_pass)
+    progress(f"code for {target.name}", 0, 1)
     link_library(_generate(lowered, target, observe), staging / artifact.library_file(target.name), target.arch)
+    progress(f"code for {target.name}", 1, 1)
     return lifted, report.kernels(scheduled[0], len(lifted.weights))
 
 
