@@ -46,7 +46,7 @@ def load_executor(
     if missing:
         raise ArtifactError(f"{path} lacks the tensor {missing[0]!r}; compile the model again")
     load_runtime_library(_carried_runtime(path, manifest))
-    batch = max_batch or manifest["max_batch"]
+    batch = _batch(manifest, max_batch)
     pages = num_pages or default_num_pages(manifest, batch)
     executor = VmExecutor(library, manifest, weights, pages, num_threads)
     config = artifact.read_tokenizer_config(path)
@@ -54,6 +54,16 @@ def load_executor(
     return LoadedModel(
         executor, artifact.tokenizer_path(path), config, eos, manifest["context_length"], batch, entry["name"]
     )
+
+
+def _batch(manifest: Mapping[str, Any], wanted: int | None) -> int:
+    """Sequences per step. Memory was planned for what was compiled, so more would write past it."""
+    compiled = int(manifest["max_batch"])
+    if wanted is not None and not 1 <= wanted <= compiled:
+        raise ArtifactError(
+            f"max_batch {wanted} is not between 1 and the {compiled} that this artifact was compiled for"
+        )
+    return wanted or compiled
 
 
 def choose_target(entries: Sequence[Mapping[str, Any]], wanted: str) -> Mapping[str, Any]:
