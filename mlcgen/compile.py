@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from tvm import IRModule, relax
 from mlcgen import artifact, passes, report, weights
 from mlcgen.checkpoint import Checkpoint, open_checkpoint
 from mlcgen.errors import CompileError, UnsupportedError
-from mlcgen.formats import QUANTIZATIONS
+from mlcgen.formats import QUANTIZATIONS, resolve_kv_dtype
 from mlcgen.link import link_library
 from mlcgen.models import parse_config
 from mlcgen.models.config import DecoderConfig
@@ -26,12 +25,12 @@ from mlcgen.passes.lift_weights import Lifted, lift_weights
 from mlcgen.passes.paged_attention import KvLayout
 from mlcgen.passes.quantize import WeightSource
 from mlcgen.passes.rewrite import FORWARD, static_shape
+from mlcgen.runtime.cpu import host_arch
 from mlcgen.runtime.vm_executor import installed_runtime_library
 from mlcgen.targets import resolve
 from mlcgen.targets.base import Target
 
 MAX_TOKENS_PER_STEP = 512
-KV_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 Progress = Callable[[str, int, int], None]
 
 
@@ -186,12 +185,7 @@ def _kv_layout(config: DecoderConfig, quantization: str, kv_dtype: str, page_siz
         raise UnsupportedError(f"quantization {quantization!r} is not supported; have: {', '.join(QUANTIZATIONS)}")
     if not 1 <= page_size <= 256:
         raise UnsupportedError(f"--page-size {page_size} is not between 1 and 256")
-    if kv_dtype == "auto":
-        kv_dtype = "float32" if quantization == "f32" else "float16"
-    kv_dtype = KV_DTYPES.get(kv_dtype, kv_dtype)
-    if kv_dtype not in KV_DTYPES.values():
-        raise UnsupportedError(f"--kv-dtype {kv_dtype!r} is not supported; have: auto, {', '.join(KV_DTYPES.values())}")
-    return KvLayout(config.num_kv_heads, config.head_dim, page_size, kv_dtype)
+    return KvLayout(config.num_kv_heads, config.head_dim, page_size, resolve_kv_dtype(kv_dtype, quantization))
 
 
 def _target_entry(target: Target, staging: Path) -> dict[str, Any]:
@@ -240,7 +234,7 @@ def _manifest(
 
 def _carry_runtime(targets: Sequence[Mapping[str, Any]], staging: Path) -> list[dict[str, Any]]:
     """The runtime library for this machine's architecture: 3 MB that make the artifact run without the compiler."""
-    arch, library = platform.machine(), installed_runtime_library()
+    arch, library = host_arch(), installed_runtime_library()
     if library is None or arch not in {t["arch"] for t in targets}:
         return []
     file = artifact.runtime_library_file(arch)

@@ -100,3 +100,17 @@ def wanted_format(quantization: str, name: str, source_dtype: str) -> WeightForm
 def stored_format(wanted: WeightFormat, shape: tuple[int, ...]) -> WeightFormat:
     """`wanted`, or f16 where the columns do not divide into its groups."""
     return F16 if wanted.is_grouped and shape[1] % wanted.group else wanted
+
+
+KV_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # short name -> name
+
+
+def resolve_kv_dtype(kv_dtype: str, quantization: str) -> str:
+    """float32, float16 or bfloat16; "auto" is float32 beside float32 weights, else float16."""
+    if kv_dtype == "auto":
+        return "float32" if quantization == "f32" else "float16"
+    kv_dtype = KV_DTYPES.get(kv_dtype, kv_dtype)
+    if kv_dtype not in KV_DTYPES.values():
+        have = ", ".join(["auto", *KV_DTYPES.values()])
+        raise UnsupportedError(f"--kv-dtype {kv_dtype!r} is not supported; have: {have}")
+    return kv_dtype

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcgen.errors import CompileError
+from mlcgen.runtime.cpu import host_arch
 
 _TRIPLES = {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"}
 
@@ -34,7 +34,7 @@ def link_library(executable: Any, library: Path, arch: str) -> None:
 
 def linker(arch: str) -> list[str]:
     """The command that links for `arch`: cc or gcc here, a cross compiler by its usual name, or zig."""
-    names = ("cc", "gcc", "clang") if arch == platform.machine() else (f"{_TRIPLES[arch]}-gcc",)
+    names = ("cc", "gcc", "clang") if arch == host_arch() else (f"{_TRIPLES[arch]}-gcc",)
     for name in names:
         if found := shutil.which(name):
             return [found]

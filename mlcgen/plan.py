@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from mlcgen.errors import MlcgenError
-from mlcgen.formats import WeightFormat, stored_format, wanted_format
+from mlcgen.formats import WeightFormat, resolve_kv_dtype, stored_format, wanted_format
 from mlcgen.models.config import DecoderConfig
 
 __all__ = ["Plan", "kv_bytes_per_token", "make_plan", "plan_model", "weight_bytes"]
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "uint8": 1}
-KV_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 TOKENS_PER_STEP = 512  # a step's share of the prompt that the estimate assumes
 
 
@@ -66,7 +65,7 @@ def plan_model(
             f"--context-length {context} is beyond the model's {config.max_position_embeddings}; lower --context-length"
         )
     weights = weight_bytes(config, quantization, stored)
-    per_token = kv_bytes_per_token(config, _kv_dtype(kv_dtype, quantization))
+    per_token = kv_bytes_per_token(config, resolve_kv_dtype(kv_dtype, quantization))
     return make_plan(checkpoint.name, config, quantization, weights, per_token, context, max_batch, free_memory())
 
 
@@ -157,15 +156,6 @@ def _format(quantization: str, name: str, shape: tuple[int, ...], stored: Mappin
     if quantization == "gguf" and name not in stored:
         raise MlcgenError("-q gguf keeps the blocks of a .gguf file, which this model is not; choose another -q")
     return stored_format(wanted_format(quantization, name, stored.get(name, "float32")), shape)
-
-
-def _kv_dtype(kv_dtype: str, quantization: str) -> str:
-    if kv_dtype == "auto":
-        return "float32" if quantization == "f32" else "float16"
-    kv_dtype = KV_DTYPES.get(kv_dtype, kv_dtype)
-    if kv_dtype not in KV_DTYPES.values():
-        raise MlcgenError(f"--kv-dtype {kv_dtype!r} is not supported; have: auto, {', '.join(KV_DTYPES.values())}")
-    return kv_dtype
 
 
 def _advice(verdict: str, quantization: str, room: int, one: int, kv_per_token: int) -> str:

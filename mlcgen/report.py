@@ -4,10 +4,10 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from tvm import IRModule, relax, tirx
+from tvm import IRModule, relax
 
 from mlcgen.passes.rewrite import FORWARD, bindings, is_op
-from mlcgen.passes.schedule import HOW
+from mlcgen.passes.schedule import describe
 
 FLOPS = "mlcgen.flops_per_token"
 
@@ -15,17 +15,17 @@ FLOPS = "mlcgen.flops_per_token"
 def kernels(mod: IRModule, num_weights: int) -> dict[str, Any]:
     """{"kernels": [...], "fallbacks": [...]} of a scheduled module whose last num_weights parameters are weights."""
     weights = set(mod[FORWARD].params[-num_weights:])
+    how = describe(mod)
     found: dict[str, dict[str, Any]] = {}
     for value in bindings(mod).values():
         if not (is_op(value, "relax.call_tir") or is_op(value, "relax.call_tir_inplace")):
             continue
         name, func = value.args[0].name_hint, mod[value.args[0]]
         flops = int(func.attrs[FLOPS]) if FLOPS in func.attrs else 0
-        row = {"name": name, "how": str(func.attrs[HOW]), "calls": 0, "flops_per_token": flops, "weight_bytes": 0}
+        row = {"name": name, "how": how[name], "calls": 0, "flops_per_token": flops, "weight_bytes": 0}
         row = found.setdefault(name, row)
         row["calls"] += 1
         row["weight_bytes"] += sum(_num_bytes(arg) for arg in value.args[1].fields if arg in weights)
-    how = {gv.name_hint: str(f.attrs[HOW]) for gv, f in mod.functions.items() if isinstance(f, tirx.PrimFunc)}
     fallbacks = [f"{name}: {text}" for name, text in how.items() if text.startswith("fallback")]
     return {"kernels": list(found.values()), "fallbacks": fallbacks}
 

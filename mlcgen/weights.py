@@ -81,7 +81,10 @@ def convert_weights(
 
 
 def checkpoint_reader(checkpoint: Checkpoint) -> Callable[[str], Array]:
-    """Reads `<parameter>` as float32, or `<parameter>.<part>` of a matrix held in groups (one matrix is kept)."""
+    """Reads `<parameter>` as float32, or `<parameter>.<part>` of a matrix held in groups.
+
+    Parts of stacked matrices are asked for in turns, so as many matrices as a pass stacks are kept.
+    """
     kept: dict[str, Any] = {}
 
     def read(name: str) -> Array:
@@ -91,7 +94,7 @@ def checkpoint_reader(checkpoint: Checkpoint) -> Callable[[str], Array]:
             array = checkpoint.read(name)
             return array if array.dtype == np.float32 else array.astype(np.float32)
         if parameter not in kept:
-            if len(kept) >= 3:  # q, k and v are read part by part
+            if len(kept) >= 3:  # q, k and v
                 kept.clear()
             kept[parameter] = checkpoint.read_grouped(parameter)
         return np.ascontiguousarray(getattr(kept[parameter], part))

@@ -4,9 +4,7 @@
 serial and is reported as a fallback.
 """
 
-import re
-
-from tvm import IRModule, ir, tirx
+from tvm import IRModule, tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import ScheduleError
 
@@ -75,9 +73,5 @@ def _is_spatial(sch: Schedule, block: object) -> bool:
 
 
 def describe(mod: IRModule) -> dict[str, str]:
-    """Kernel name -> how it was scheduled, for the compile report."""
-    found: dict[str, str] = {}
-    for gv, func in mod.functions.items():
-        if isinstance(func, tirx.PrimFunc) and isinstance(gv, ir.GlobalVar) and func.attrs and HOW in func.attrs:
-            found[gv.name_hint] = re.sub(r"\s+", " ", str(func.attrs[HOW]))
-    return found
+    """Kernel name -> how it was made, for the compile report."""
+    return {gv.name_hint: str(f.attrs[HOW]) for gv, f in mod.functions.items() if isinstance(f, tirx.PrimFunc)}

@@ -1,7 +1,6 @@
 """CPU targets: this machine's, from the CPU itself, and named ones to cross-compile for."""
 
 import functools
-import platform
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ from tvm.target import codegen
 
 from mlcgen.errors import TargetError
 from mlcgen.formats import WeightFormat
-from mlcgen.runtime.cpu import host_features
+from mlcgen.runtime.cpu import host_arch, host_features
 from mlcgen.targets import cpu_kernels
 from mlcgen.targets.base import Target
 from mlcgen.targets.cpu_kernels import Isa
@@ -37,7 +36,7 @@ def cpu_target(variant: str = "") -> Target:
         return _target(variant, *VARIANTS[variant])
     if variant not in ("", "native"):
         raise TargetError(f"target 'cpu:{variant}' is not known; have: cpu, {', '.join(f'cpu:{v}' for v in VARIANTS)}")
-    arch = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
+    arch = host_arch()
     if arch not in _TRIPLES:
         raise TargetError(f"this machine's architecture {arch!r} is not supported; have: {', '.join(_TRIPLES)}")
     known = {f for a, features in VARIANTS.values() if a == arch for f in features}

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 from pathlib import Path
 
 # /proc/cpuinfo's name of a feature -> LLVM's, where they differ
@@ -34,6 +35,12 @@ def host_features() -> frozenset[str]:
     """LLVM's names of this CPU's features; empty where the system does not tell."""
     flags = (_cpuinfo().get("flags") or _cpuinfo().get("Features") or "").split()
     return frozenset(_LLVM_NAMES.get(flag, flag) for flag in flags)
+
+
+def host_arch() -> str:
+    """x86_64, aarch64, …: one name for each, whatever the system calls it."""
+    machine = platform.machine()
+    return {"arm64": "aarch64", "AMD64": "x86_64"}.get(machine, machine)
 
 
 def host_cpu_name() -> str:

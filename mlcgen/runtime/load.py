@@ -1,6 +1,5 @@
 """From an artifact's path to an executor that is ready to run: choose a target, check the files, map the weights."""
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -11,7 +10,7 @@ import numpy as np
 
 from mlcgen import artifact
 from mlcgen.errors import ArtifactError, TargetError
-from mlcgen.runtime.cpu import host_features
+from mlcgen.runtime.cpu import host_arch, host_features
 from mlcgen.runtime.executor import Executor
 from mlcgen.runtime.vm_executor import KV_STORAGE, VmExecutor, load_runtime_library
 
@@ -80,7 +79,7 @@ def choose_target(entries: Sequence[Mapping[str, Any]], wanted: str) -> Mapping[
 
 def cannot_run(entry: Mapping[str, Any]) -> str | None:
     """Why this machine cannot run a target's entry, or None."""
-    machine = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
+    machine = host_arch()
     if entry.get("executor") != "vm":
         return f"executor {entry.get('executor')!r} is not in this version"
     if entry.get("arch") != machine:
@@ -112,6 +111,6 @@ def free_memory() -> int:
 
 def _carried_runtime(path: str | Path, manifest: Mapping[str, Any]) -> Path | None:
     for entry in manifest.get("runtime_libraries", ()):
-        if entry.get("arch") == platform.machine():
+        if entry.get("arch") == host_arch():
             return artifact.check_hash(path, entry)
     return None
