@@ -26,6 +26,8 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> (architecture, f
     "znver4": ("x86_64", (*_VNNI, "avx512bf16")),
     "sapphirerapids": ("x86_64", (*_VNNI, "avx512bf16", "amx-tile", "amx-int8", "amx-bf16")),
     "aarch64": ("aarch64", ("neon",)),
+    "aarch64-dotprod": ("aarch64", ("neon", "dotprod")),
+    "aarch64-i8mm": ("aarch64", ("neon", "dotprod", "i8mm", "bf16")),  # Armv8.6
 }
 _TRIPLES = {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"}
 

@@ -18,6 +18,7 @@ _LLVM_NAMES = {
     "amx_bf16": "amx-bf16",
     "asimd": "neon",
     "asimddp": "dotprod",
+    "asimdhp": "fullfp16",
 }
 
 

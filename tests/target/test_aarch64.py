@@ -1,0 +1,80 @@
+"""Kernels cross-compiled for aarch64 and run under an emulator, against NumPy."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tvm import te
+from tvm.target import Target
+
+from mlcgen.formats import BF16, F16, F32, Q4, Q8, WeightFormat, grouped
+from mlcgen.targets.cpu_kernels import embedding, linear, rope_append
+
+from .cpu_build import assert_close, compile_for, normal, unset
+from .emulate import emulated, every_variant, execute, link, needs_emulator
+from .reference import random_weight
+from .test_cpu_attention import Shape
+from .test_cpu_attention import run as check_attention
+from .test_cpu_rope import check as check_rope_append
+
+FORMATS = [F32, F16, BF16, Q8, Q4, grouped(4, 32, has_minimum=True)]
+every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+every_kv_dtype = pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16"])
+pytestmark = needs_emulator
+
+
+@every_variant
+@every_format
+def test_linear(variant: str, fmt: WeightFormat, tmp_path: Path) -> None:
+    n, k = 83, 96  # 6 tiles, the last of 3 columns
+    rng = np.random.default_rng(0)
+    kernel = emulated(variant, lambda isa: linear(fmt, n, k, isa, bias=True), tmp_path)
+    stored, matrix = random_weight(fmt, n, k, rng)
+    for rows in (1, 4, 7, 55):
+        x, bias, out = normal(rng, rows, k), normal(rng, n), unset(rows, n)
+        kernel(x, *stored, bias, out)
+        assert_close(out, x.astype(np.float64) @ matrix.T.astype(np.float64) + bias)
+
+
+@every_variant
+@every_format
+def test_embedding(variant: str, fmt: WeightFormat, tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    stored, table = random_weight(fmt, 50, 96, rng)
+    ids, out = rng.integers(0, 50, 9, dtype=np.int32), unset(9, 96)
+    emulated(variant, lambda isa: embedding(fmt, 50, 96, isa), tmp_path)(ids, *stored, out)
+    assert_close(out, table[ids], 1e-7)
+
+
+@every_variant
+@every_kv_dtype
+def test_rope_append(variant: str, kv_dtype: str, tmp_path: Path) -> None:
+    sizes = (3, 1, 80, 5, kv_dtype)
+    check_rope_append(emulated(variant, lambda isa: rope_append(*sizes, isa), tmp_path), *sizes)
+
+
+@every_variant
+@every_kv_dtype
+def test_paged_attention(variant: str, kv_dtype: str, tmp_path: Path) -> None:
+    shape = Shape(6, 2, 64, 16, kv_dtype, window=50)
+    kernel = emulated(variant, shape.kernel, tmp_path)
+    for batch in ([(14, 1), (15, 1), (16, 1)], [(300, 1)], [(40, 30), (17, 1), (0, 3)]):
+        check_attention(kernel, shape, batch, seed=len(batch))
+
+
+def test_a_kernels_error_is_raised(tmp_path: Path) -> None:
+    kernel = emulated("aarch64", lambda isa: embedding(F32, 50, 96, isa), tmp_path)
+    with pytest.raises(RuntimeError, match="TypeError: Expected 3 arguments"):
+        kernel(np.zeros(1, np.int32))
+
+
+def test_an_instruction_that_the_cpu_lacks_is_an_error(tmp_path: Path) -> None:
+    x = te.placeholder((64,), "float16")
+    double = te.create_prim_func([x, te.compute(x.shape, lambda i: x[i] + x[i])])
+    target = Target({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon", "+fullfp16"]})
+    program = link(compile_for(target, lambda isa: double), tmp_path)
+    values, out = np.arange(64, dtype=np.float16), np.zeros(64, np.float16)
+    execute(program, "cortex-a76", [values, out])
+    np.testing.assert_array_equal(out, 2 * values)
+    with pytest.raises(RuntimeError, match="Illegal instruction"):
+        execute(program, "cortex-a53", [values, out])
