@@ -14,8 +14,8 @@ from time import perf_counter
 import numpy as np
 import tvm
 from tvm.runtime import tensor
-from tvm.tirx.script import builder as T  # noqa: N812
 
+from mlcgen.bench.probe import Peaks
 from mlcgen.formats import BF16, F16, F32, Q4, Q8, WeightFormat, grouped
 from mlcgen.targets.cpu_kernels import (
     Isa,
@@ -27,7 +27,6 @@ from mlcgen.targets.cpu_kernels import (
     rope_append,
     silu_mul,
 )
-from mlcgen.targets.cpu_kernels.vector import Register, bind, i64, kernel, load, splat, store
 
 FORMATS = {fmt.name: fmt for fmt in (F32, F16, BF16, Q8, Q4, grouped(4, has_minimum=True))}
 COLD_BYTES = 128 << 20
@@ -147,52 +146,11 @@ def random_parts(fmt: WeightFormat, n: int, k: int) -> list[np.ndarray]:
     return parts
 
 
-def peak_kernels(threads: int) -> tuple[Callable[[Isa], tvm.tirx.PrimFunc], Callable[[Isa], tvm.tirx.PrimFunc]]:
-    """(multiply-adds in registers, a sum over memory), each as PrimFunc(x, out (threads, 16))."""
-
-    def multiply_add(isa: Isa) -> tvm.tirx.PrimFunc:
-        with kernel("multiply_add") as k:
-            x, out = k.arg("x", (16,), "float32"), k.arg("out", (threads, 16), "float32")
-            with T.parallel(i64(threads)) as i:
-                value = bind(load(x, 0, lanes=isa.lanes))
-                sums = [Register(value * splat(float(j), isa.lanes)) for j in range(12)]
-                with T.serial(i64(FMA_STEPS)):
-                    for register in sums:
-                        register.set(register.get() * value + value)
-                for j in range(1, 12):
-                    sums[0].set(sums[0].get() + sums[j].get())
-                store(out, sums[0].get(), i, 0)
-        return k.func
-
-    def read(isa: Isa) -> tvm.tirx.PrimFunc:
-        rows = COLD_BYTES // threads // 512
-        with kernel("read") as k:
-            x, out = k.arg("x", (threads, rows, 128), "float32"), k.arg("out", (threads, 16), "float32")
-            with T.parallel(i64(threads)) as i:
-                sums = [Register(splat(0.0, 16)) for _ in range(8)]
-                with T.serial(i64(rows)) as row:
-                    for j, register in enumerate(sums):
-                        register.set(register.get() + load(x, i, row, j * 16, lanes=16))
-                for j in range(1, 8):
-                    sums[0].set(sums[0].get() + sums[j].get())
-                store(out, sums[0].get(), i, 0)
-        return k.func
-
-    return multiply_add, read
-
-
-FMA_STEPS = 1 << 17
-
-
 class Timer:
     def __init__(self, target: tvm.target.Target, threads: int) -> None:
         self.target, self.isa = target, Isa.from_target(target)
-        multiply_add, read = peak_kernels(threads)
-        out = np.zeros((threads, 16), np.float32)
-        seconds = self.best(self.build(multiply_add), [[np.full(16, 0.5, np.float32), out]], 0.3)
-        self.peak_flops = threads * FMA_STEPS * 12 * self.isa.lanes * 2 / seconds
-        x = np.ones((threads, COLD_BYTES // threads // 512, 128), np.float32)
-        self.peak_bytes = x.nbytes / self.best(self.build(read), [[x, out]], 0.5)
+        peaks = Peaks(threads, target)
+        self.peak_flops, self.peak_bytes = peaks.ops_per_s("float32", 0.3), peaks.bytes_per_s(COLD_BYTES, 0.5)
 
     def build(self, make: Callable[[Isa], tvm.tirx.PrimFunc]) -> Callable[..., None]:
         func = make(self.isa).with_attr("global_symbol", "main")

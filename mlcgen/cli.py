@@ -284,6 +284,34 @@ def verify(
 
 
 @verb
+def bench(
+    artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Builds of one model.")],
+    target: RunTarget = "auto",
+    peer: Annotated[list[str] | None, typer.Option(help="llama.cpp or openvino. Repeatable.")] = None,
+    peer_model: Annotated[Path | None, typer.Option(help="GGUF file for the peers; default: the source's.")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 128,
+    long_context: Annotated[int, typer.Option(min=1, help="Cached tokens of the long test.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of the batch test.")] = 8,
+    threads: Threads = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Turns that count, after one to warm up.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all samples here.")] = None,
+) -> None:
+    """Speed, memory and load time of artifacts, beside other engines and this machine's peaks."""
+    from mlcgen.bench.engines import PEERS
+    from mlcgen.bench.run import Options
+    from mlcgen.bench.run import bench as run_bench
+    from mlcgen.runtime.cpu import usable_cores
+
+    if unknown := set(peer or ()) - set(PEERS):
+        raise typer.BadParameter(f"no peer {min(unknown)!r}; have: {', '.join(PEERS)}")
+    options = Options(prompt, tokens, long_context, batch, threads or usable_cores(), repeat)
+    with output.Progress() as progress:
+        result = run_bench(artifacts, target, peer or (), peer_model, options, progress.update)
+    output.benchmark(result, json_file)
+
+
+@verb
 def inspect(artifact: Artifact, as_json: Json = False) -> None:
     """What an artifact holds: targets, weights, kernels and how each was made, fallbacks as warnings."""
     from mlcgen.artifact import read_manifest, read_report

@@ -214,6 +214,14 @@ def compiled(path: Path, as_json: bool) -> None:
         print(f"{path}: {manifest['quantization']} for {targets}, {size} of weights")
 
 
+def benchmark(result: Mapping[str, Any], file: Path | None) -> None:
+    from mlcgen.bench.table import print_result
+
+    print_result(result)
+    if file:
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def inspection(manifest: Mapping[str, Any], report: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         return print_json({"manifest": manifest, "report": report})

@@ -2,6 +2,7 @@
 
 __all__ = [
     "ArtifactError",
+    "BenchError",
     "CheckpointError",
     "CompileError",
     "MlcgenError",
@@ -37,3 +38,7 @@ class ArtifactError(MlcgenError):
 
 class RequestError(MlcgenError):
     """One request cannot be served (empty prompt, too long, can never fit the pool). Other requests go on."""
+
+
+class BenchError(MlcgenError):
+    """A benchmark cannot run: a peer is not installed, has no model, or an engine's process ended early."""

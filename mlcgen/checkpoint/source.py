@@ -50,6 +50,17 @@ def open_checkpoint(source: str | Path, weights: bool = True) -> Checkpoint:
     )
 
 
+def gguf_file(source: str | Path) -> Path | None:
+    """The GGUF file behind a model that `open_checkpoint` opens, or None if it is of another kind or not there."""
+    path = Path(os.path.expanduser(source))
+    if path.suffix == ".gguf" and os.path.isfile(path):
+        return path
+    try:
+        return _package_file(str(source)) if source in MODEL_PACKAGES else None
+    except CheckpointError:
+        return None
+
+
 def _open_file(path: Path) -> Checkpoint:
     if path.suffix == ".onnx":
         raise UnsupportedError(f"{path}: ONNX models are not read yet; use the HF directory or a GGUF file")

@@ -1,0 +1,132 @@
+"""The engines that are measured, behind one call. They live in worker processes and import their libraries there.
+
+Every engine reports its own times, without tokenization or HTTP: the time to the first token, and the tokens after it.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mlcgen.errors import BenchError
+
+Prompts = Sequence[Sequence[int]]  # token ids
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an engine is opened with."""
+
+    engine: str  # "mlcgen" or one of PEERS
+    model: str  # artifact directory or GGUF file
+    threads: int
+    context: int  # tokens, over all sequences, that its KV cache must hold
+    batch: int = 1  # sequences at a time
+    target: str = "auto"
+
+
+@dataclass(frozen=True)
+class Timing:
+    first_token_s: float  # from the request to the first token (of the last sequence)
+    decode_tokens_per_s: float | None  # of all sequences together, after their first tokens; None if there are none
+
+
+class Engine(Protocol):
+    def generate(self, prompts: Prompts, tokens: int) -> Timing:
+        """Complete all prompts at once with `tokens` tokens each: greedily, and past any end of text."""
+        ...
+
+
+class Mlcgen:
+    def __init__(self, spec: Spec) -> None:
+        from mlcgen.runtime.llm import LLM
+
+        self._llm = LLM(spec.model, spec.target, num_threads=spec.threads)
+
+    def generate(self, prompts: Prompts, tokens: int) -> Timing:
+        from mlcgen.runtime.sampler import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+        outputs = self._llm.generate([list(prompt) for prompt in prompts], params)
+        for output in outputs:
+            if output.error:
+                raise output.error
+        first = max(output.metrics.first_token or 0.0 for output in outputs)
+        finished = max(output.metrics.finished or 0.0 for output in outputs)
+        arrival = min(output.metrics.arrival for output in outputs)
+        return Timing(first - arrival, _rate(len(prompts) * (tokens - 1), finished - first))
+
+
+class LlamaCpp:
+    """llama.cpp's server without its HTTP."""
+
+    def __init__(self, spec: Spec) -> None:
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_gpu_layers = spec.model, 0
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = spec.threads
+        params.n_ctx, params.n_parallel, params.kv_unified = spec.context, spec.batch, True
+        params.n_batch = params.n_ubatch = 512
+        params.cache_prompt, params.cache_ram_mib = False, 0
+        self._server = xllamacpp.Server(params)
+
+    def generate(self, prompts: Prompts, tokens: int) -> Timing:
+        request = {
+            "prompt": [list(prompt) for prompt in prompts] if len(prompts) > 1 else list(prompts[0]),
+            "n_predict": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
+        answer = self._server.handle_completions(request)
+        answer = json.loads(answer) if isinstance(answer, str) else answer
+        if "timings" not in answer:
+            raise BenchError(f"llama.cpp refused a request: {answer.get('error', answer)}")
+        # Of several prompts the first one's times stand for all: they run in the same batches.
+        times = answer["timings"]
+        # Its predicted_n counts the first token, its predicted_ms begins after it.
+        decoded = len(prompts) * (times["predicted_n"] - 1)
+        return Timing(times["prompt_ms"] / 1e3, _rate(decoded, times["predicted_ms"] / 1e3))
+
+
+class OpenVino:
+    def __init__(self, spec: Spec) -> None:
+        import openvino_genai
+
+        self._pipeline = openvino_genai.LLMPipeline(spec.model, "CPU", INFERENCE_NUM_THREADS=spec.threads)
+
+    def generate(self, prompts: Prompts, tokens: int) -> Timing:
+        import numpy as np
+        import openvino
+        import openvino_genai
+
+        config = openvino_genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True, do_sample=False)
+        ids = np.array(prompts, np.int64)
+        inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
+        times = self._pipeline.generate(inputs, config).perf_metrics
+        decode = 1e3 / times.get_tpot().mean if tokens > 1 else None  # its time per token is over all sequences
+        return Timing(times.get_ttft().mean / 1e3, decode)
+
+
+def _rate(count: int, seconds: float) -> float | None:
+    return count / seconds if count and seconds > 0 else None
+
+
+@dataclass(frozen=True)
+class Peer:
+    open: Callable[[Spec], Engine]
+    module: str
+    distribution: str
+
+
+PEERS = {
+    "llama.cpp": Peer(LlamaCpp, "xllamacpp", "xllamacpp"),
+    "openvino": Peer(OpenVino, "openvino_genai", "openvino-genai"),
+}
+
+
+def open_engine(spec: dict[str, Any]) -> Callable[..., Any]:
+    """Load an engine; the answer is its `generate`. `spec` has the fields of Spec."""
+    its = Spec(**spec)
+    return (Mlcgen(its) if its.engine == "mlcgen" else PEERS[its.engine].open(its)).generate

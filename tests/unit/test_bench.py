@@ -1,0 +1,260 @@
+"""`mlcgen bench` with engines of a few lines in the place of real ones; no figure is a measurement."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlcgen.bench import process
+from mlcgen.bench.engines import PEERS
+from mlcgen.bench.process import Worker
+from mlcgen.bench.run import Contestant, Options, bench, ratios, summaries
+from mlcgen.bench.table import footer, tables
+from mlcgen.bench.work import DecodeReads
+from mlcgen.checkpoint.source import gguf_file
+from mlcgen.cli import main
+from mlcgen.errors import BenchError
+
+# Answers as a worker does; peers are twice as fast.
+ENGINE = """
+import json, os, sys
+spec = json.loads(sys.stdin.readline())
+def answer(result):
+    print(json.dumps({"result": result, "seconds": 0.5, "peak_memory_bytes": 1 << 20}), flush=True)
+answer(None)
+for line in sys.stdin:
+    request = json.loads(line)
+    if spec["engine"] == "probe":
+        sizes = {str(size): 1e9 for size in request["sizes"]}
+        answer({"bytes_per_s": sizes, "ops_per_s": {"float32": 1e10, "int8": 4e10}})
+        continue
+    speed = 1 if spec["engine"] == "mlcgen" else 2
+    tokens = sum(map(len, request["prompts"]))
+    assert tokens + request["tokens"] * len(request["prompts"]) <= spec["context"], (tokens, request["tokens"], spec)
+    decode = 10.0 * speed if request["tokens"] > 1 else None
+    answer({"first_token_s": tokens / 100 / speed, "decode_tokens_per_s": decode})
+"""
+MANIFEST: dict[str, Any] = {
+    "schema_version": 1,
+    "name": "small",
+    "source": "nowhere",
+    "model": {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "head_dim": 16,
+        "vocab_size": 100,
+        "max_position_embeddings": 256,
+        "eos_token_ids": [],
+    },
+    "quantization": "q4",
+    "context_length": 128,
+    "max_batch": 4,
+    "max_tokens_per_step": 512,
+    "kv": {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "page_size": 16, "dtype": "float16"},
+    "entry": {"name": "forward", "inputs": [], "weights": []},
+    "targets": [
+        {"name": "cpu", "kind": "cpu", "arch": os.uname().machine, "features": [], "executor": "vm"}
+        | {"file": "lib/cpu.so", "sha256": ""}
+    ],
+    "runtime_libraries": [],
+    "weights": [{"file": "weights/model.safetensors", "sha256": "", "bytes": 1}],
+    "versions": {},
+}
+KERNELS = [
+    {"name": "embedding_q8", "how": "", "calls": 1, "flops_per_token": 0, "weight_bytes": 9999},
+    {"name": "linear_q4", "how": "", "calls": 2, "flops_per_token": 1000, "weight_bytes": 5000},
+    {"name": "linear_q8", "how": "", "calls": 1, "flops_per_token": 2 * 64 * 100, "weight_bytes": 6400},
+]
+OPTIONS = Options(prompt=16, tokens=4, long_context=64, batch=8, threads=1, repeat=2)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    path = tmp_path / "small"
+    path.mkdir()
+    (path / "manifest.json").write_text(json.dumps(MANIFEST))
+    (path / "report.json").write_text(json.dumps({"cpu": {"kernels": KERNELS, "fallbacks": []}}))
+    return path
+
+
+@pytest.fixture
+def fake_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "COMMAND", [sys.executable, "-c", ENGINE])
+    monkeypatch.setattr(process, "REST_S", 0.001)
+    monkeypatch.setattr("mlcgen.bench.run._require", lambda peer: None)
+    monkeypatch.setattr("mlcgen.bench.run.gguf_reads", lambda file, kv: DecodeReads(5000, 256))
+
+
+@pytest.fixture
+def result(artifact: Path, tmp_path: Path, fake_engines: None) -> dict[str, Any]:
+    (tmp_path / "m.gguf").touch()
+    return bench([artifact], peers=["llama.cpp", "openvino"], peer_model=tmp_path / "m.gguf", options=OPTIONS)
+
+
+def worker_that(does: str, monkeypatch: pytest.MonkeyPatch) -> Worker:
+    code = f"import sys, json, os, time\nsys.stdin.readline()\n{does}"
+    monkeypatch.setattr(process, "COMMAND", [sys.executable, "-c", code])
+    return Worker("an engine", {})
+
+
+def test_medians_of_what_was_measured() -> None:
+    samples = [{"a": 3.0, "b": 1.0}, {"a": 1.0}, {"a": 2.0}]
+    assert summaries(samples) == {
+        "a": {"median": 2.0, "min": 1.0, "max": 3.0, "samples": [3.0, 1.0, 2.0]},
+        "b": {"median": 1.0, "min": 1.0, "max": 1.0, "samples": [1.0]},
+    }
+
+
+def test_ratios_of_what_both_have() -> None:
+    assert ratios({"a": {"median": 3.0}, "b": {"median": 1.0}}, {"a": {"median": 2.0}}) == {"a": 1.5}
+
+
+def test_what_a_short_context_and_a_small_batch_skip() -> None:
+    short = Contestant("it", "mlcgen", "path", context=4100, max_batch=4)
+    assert set(short.skipped(Options(threads=1))) == {"long", "batch"}
+    assert short.spec(Options(threads=1), only_plain=False)["context"] == 640
+    able = Contestant("it", "mlcgen", "path", context=4128, max_batch=8)
+    assert able.skipped(Options(threads=1)) == {}
+    assert able.spec(Options(threads=1), only_plain=False)["context"] == 4128
+    assert able.spec(Options(threads=1), only_plain=True)["context"] == 640
+
+
+def test_every_engine_has_every_figure_that_it_can_have(result: dict[str, Any]) -> None:
+    ours, llama_cpp, openvino = result["engines"]
+    speeds = {"prefill_tokens_per_s", "first_token_s", "decode_tokens_per_s", "long_decode_tokens_per_s"}
+    every = {*speeds, "batch_decode_tokens_per_s", "load_s", "load_to_first_token_s", "peak_memory_bytes"}
+    assert set(ours["metrics"]) == every - {"batch_decode_tokens_per_s"}
+    assert "4 sequences" in ours["skipped"]["batch"]
+    assert set(llama_cpp["metrics"]) == set(openvino["metrics"]) == every
+    assert all(len(each["samples"]) == 2 for each in ours["metrics"].values())
+    assert ours["metrics"]["load_to_first_token_s"]["median"] == 1.0
+    assert ours["ratios"]["llama.cpp"]["prefill_tokens_per_s"] == pytest.approx(0.5)
+    assert ours["ratios"]["llama.cpp"]["decode_tokens_per_s"] == pytest.approx(0.5)
+    assert set(llama_cpp["ratios"]) == {"openvino"}
+    json.dumps(result)
+
+
+def test_achieved_is_from_the_report(result: dict[str, Any]) -> None:
+    ours, llama_cpp, openvino = (row["achieved"] for row in result["engines"])
+    kv_per_token = 2 * 2 * 2 * 16 * 2  # layers, key and value, heads, head_dim, float16
+    assert ours["decode_bytes_per_s"] == pytest.approx(10 * (11400 + kv_per_token * 18))
+    assert ours["decode_peak_share"] == pytest.approx(ours["decode_bytes_per_s"] / 1e9)
+    flops = 16 * 2000 + 2 * 64 * 100 + 4 * 4 * 16 * 2 * 16 * 17 // 2
+    assert ours["prefill_flops_per_s"] == pytest.approx(flops * 100 / 16)
+    assert llama_cpp["decode_bytes_per_s"] == pytest.approx(20 * (5000 + 256 * 18))
+    assert "decode_bytes_per_s" not in openvino
+
+
+def test_the_tables(result: dict[str, Any]) -> None:
+    speed, cost, compared = tables(result)
+    names = [result["engines"][0]["name"], "llama.cpp", "openvino"]
+    assert [row[0] for row in speed[1]] == [row[0] for row in cost[1]] == names
+    assert speed[1][0][1:] == ["100", "160", "10.0", "10.0", "-"]
+    assert cost[1][0][1:4] == ["0.50", "1.00", "1.0 MiB"]
+    assert compared[1] == [[names[0], *["0.50", "0.50", "0.50", "-"] * 2]]
+    text = "\n".join(footer(result))
+    assert "10 GFLOP/s float32, 40 Gop/s int8" in text
+    assert "decode of a batch: it was compiled for 4 sequences at most, not 8" in text
+
+
+def test_the_verb_prints_and_writes(
+    artifact: Path, tmp_path: Path, fake_engines: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["bench", str(artifact), "--prompt", "16", "--tokens", "4", "--repeat", "1", "--threads", "1"]
+    assert main([*line, "--json", str(tmp_path / "out.json")]) == 0
+    assert "machine" in capsys.readouterr().out
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["options"]["prompt"] == 16
+    assert written["engines"][0]["metrics"]["decode_tokens_per_s"]["samples"] == [10.0]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--peer vllm", "no peer 'vllm'; have: llama.cpp, openvino"),
+        ("--tokens 1", "--tokens"),
+        ("--repeat 0", "--repeat"),
+    ],
+)
+def test_usage_errors(line: str, says: str, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(artifact), *line.split()]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_peer_that_is_not_installed(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BenchError, match=r"openvino is not installed: pip install 'mlcgen\[bench\]'"):
+        bench([artifact], peers=["openvino"], options=OPTIONS)
+
+
+def test_a_peer_without_a_model(artifact: Path, fake_engines: None) -> None:
+    with pytest.raises(BenchError, match="source 'nowhere'; name one with --peer-model"):
+        bench([artifact], peers=["llama.cpp"], options=OPTIONS)
+    with pytest.raises(BenchError, match="is not a file"):
+        bench([artifact], peers=["llama.cpp"], peer_model="missing.gguf", options=OPTIONS)
+
+
+def test_a_prompt_beyond_the_context(artifact: Path) -> None:
+    with pytest.raises(BenchError, match="a context of 128 tokens, too short for --prompt 512"):
+        bench([artifact], options=Options(threads=1))
+
+
+def test_builds_of_different_models(artifact: Path) -> None:
+    other = shutil.copytree(artifact, artifact.parent / "other")
+    manifest = {**MANIFEST, "model": {**MANIFEST["model"], "num_layers": 3}}
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BenchError, match="not builds of one model"):
+        bench([artifact, other], options=OPTIONS)
+
+
+def test_the_gguf_file_of_a_source(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").touch()
+    assert gguf_file(tmp_path / "m.gguf") == tmp_path / "m.gguf"
+    assert gguf_file(str(tmp_path)) is None
+    assert gguf_file("") is None
+
+
+ANSWER = 'print(json.dumps({"result": 1, "seconds": 2, "peak_memory_bytes": 3}), flush=True)\n'
+
+
+@pytest.mark.parametrize(
+    ("does", "says"),
+    [
+        ("raise ValueError('no such model')", "ValueError: no such model (exit status 1)"),
+        ("sys.exit(3)", "exit status 3"),
+        ("print('bad magic', file=sys.stderr, flush=True)\nos.abort()", "bad magic (signal 6)"),
+    ],
+)
+def test_an_engine_that_dies(does: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BenchError) as caught:
+        worker_that(does, monkeypatch)
+    assert str(caught.value) == f"an engine failed: {says}"
+    with worker_that(f"{ANSWER}sys.stdin.readline()\n{does}", monkeypatch) as worker:
+        assert worker.opened.result == 1
+        with pytest.raises(BenchError, match="an engine failed: "):
+            worker.call(prompts=[])
+
+
+def test_nothing_is_left_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt), worker_that(f"{ANSWER}time.sleep(600)", monkeypatch) as worker:
+        raise KeyboardInterrupt
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker._process.pid, 0)
+
+
+def test_an_engine_has_gone_to_sleep_before_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    spin = "end = time.process_time() + 0.3\nwhile time.process_time() < end: pass\ntime.sleep(600)"
+    with worker_that(f"{ANSWER}sys.stdin.readline()\n{ANSWER}{spin}", monkeypatch) as worker:
+        worker.call()
+        assert process._cpu_ticks(worker._process.pid) >= 0.3 * os.sysconf("SC_CLK_TCK")
+
+
+def test_the_peers_are_imported_only_where_they_run() -> None:
+    assert set(PEERS) == {"llama.cpp", "openvino"}
+    assert not {"xllamacpp", "openvino_genai"} & set(sys.modules)
