@@ -51,7 +51,7 @@ def _speed(engines: Sequence[Row], options: Mapping[str, Any]) -> Table:
         f"prefill {options['prompt']}\ntokens/s": ("prefill_tokens_per_s", _rate),
         "first token\nms": ("first_token_s", lambda seconds: f"{seconds * 1e3:.0f}"),
         f"decode {options['tokens']}\ntokens/s": ("decode_tokens_per_s", _rate),
-        f"at {options['long_context']} cached\ntokens/s": ("long_decode_tokens_per_s", _rate),
+        f"{options['long_context']} cached\ntokens/s": ("long_decode_tokens_per_s", _rate),
         f"batch of {options['batch']}\ntokens/s": ("batch_decode_tokens_per_s", _rate),
     }
     rows = [[row["name"], *(_median(row, metric, show) for metric, show in columns.values())] for row in engines]
