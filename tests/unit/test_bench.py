@@ -157,7 +157,7 @@ def test_the_tables(result: dict[str, Any]) -> None:
     assert [row[0] for row in speed[1]] == [row[0] for row in cost[1]] == names
     assert speed[1][0][1:] == ["100", "160", "10.0", "10.0", "-"]
     assert cost[1][0][1:4] == ["0.50", "1.00", "1.0 MiB"]
-    assert compared[1] == [[names[0], *["0.50", "0.50", "0.50", "-"] * 2]]
+    assert compared[1] == [[f"{names[0]} / {peer}", "0.50", "0.50", "0.50", "-"] for peer in names[1:]]
     text = "\n".join(footer(result))
     assert "10 GFLOP/s float32, 40 Gop/s int8" in text
     assert "decode of a batch: it was compiled for 4 sequences at most, not 8" in text
