@@ -15,10 +15,13 @@ value = code * scale + minimum                 with has_minimum
 
 Four bytes of one row make one 32-bit lane: the operand order of int8 dot-product instructions, and what a shift and
 a mask take apart for float activations.
+
+A format also says what its products are computed with: with int8_activations each group of a row of activations is
+rounded to 127 steps of its largest value (as llama.cpp does); otherwise they stay floats.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlcgen.errors import UnsupportedError
 
@@ -32,6 +35,7 @@ class WeightFormat:
     dtype: str  # storage dtype of `w`
     group: int = 0  # columns that share a scale; 0: not grouped
     has_minimum: bool = False
+    int8_activations: bool = False
 
     @property
     def is_grouped(self) -> bool:
@@ -56,13 +60,18 @@ def grouped(bits: int, group: int = 32, has_minimum: bool = False) -> WeightForm
     return WeightFormat(name, bits, "uint8", group, has_minimum)
 
 
+def with_int8_activations(fmt: WeightFormat) -> WeightFormat:
+    """The same storage, products with 8-bit activations; a float format has no codes to multiply them with."""
+    return replace(fmt, name=f"{fmt.name}a8", int8_activations=True) if fmt.is_grouped else fmt
+
+
 F32 = WeightFormat("f32", 32, "float32")
 F16 = WeightFormat("f16", 16, "float16")
 BF16 = WeightFormat("bf16", 16, "uint16")
 Q8 = grouped(8)
 Q4 = grouped(4)
 
-QUANTIZATIONS: Mapping[str, WeightFormat | None] = {
+QUANTIZATIONS: dict[str, WeightFormat | None] = {
     "f32": F32,
     "f16": F16,
     "bf16": BF16,
@@ -70,6 +79,7 @@ QUANTIZATIONS: Mapping[str, WeightFormat | None] = {
     "q4": Q4,
     "gguf": None,  # each matrix in the file's own blocks
 }
+QUANTIZATIONS |= {f"{name}a8": QUANTIZATIONS[name] for name in ("q8", "q4", "gguf")}  # 8-bit activations too
 # The format that holds what a checkpoint stores: a GGUF block's codes and scales without going through float.
 SOURCE_FORMATS: Mapping[str, WeightFormat] = {
     "float32": F32,
@@ -92,9 +102,9 @@ def wanted_format(quantization: str, name: str, source_dtype: str) -> WeightForm
     """The format of parameter `name` under a quantization. Raises UnsupportedError for an unknown one."""
     if quantization not in QUANTIZATIONS:
         raise UnsupportedError(f"quantization {quantization!r} is not supported; have: {', '.join(QUANTIZATIONS)}")
-    if quantization == "q4" and name in VOCABULARY:
-        return Q8
-    return QUANTIZATIONS[quantization] or SOURCE_FORMATS[source_dtype]
+    weights, has_a8 = quantization.removesuffix("a8"), quantization.endswith("a8")
+    fmt = Q8 if weights == "q4" and name in VOCABULARY else QUANTIZATIONS[weights] or SOURCE_FORMATS[source_dtype]
+    return with_int8_activations(fmt) if has_a8 else fmt
 
 
 def stored_format(wanted: WeightFormat, shape: tuple[int, ...]) -> WeightFormat:

@@ -153,7 +153,7 @@ def _tensors(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _format(quantization: str, name: str, shape: tuple[int, ...], stored: Mapping[str, str]) -> WeightFormat:
-    if quantization == "gguf" and name not in stored:
+    if quantization.startswith("gguf") and name not in stored:
         raise MlcgenError("-q gguf keeps the blocks of a .gguf file, which this model is not; choose another -q")
     return stored_format(wanted_format(quantization, name, stored.get(name, "float32")), shape)
 

@@ -42,7 +42,7 @@ def storage_plan(
         fmt = stored_format(wanted, shape)
         if fmt != wanted:
             fallbacks.append(f"{name}: {shape[1]} columns do not divide into groups, stored as {fmt.name}")
-        plan[name] = WeightSource(name, fmt, quantization == "gguf" and fmt.is_grouped)
+        plan[name] = WeightSource(name, fmt, quantization.startswith("gguf") and fmt.is_grouped)
     return plan, fallbacks
 
 

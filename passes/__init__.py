@@ -7,9 +7,8 @@ from functools import partial
 import tvm
 from tvm import IRModule, relax
 
-from mlcgen.passes.fuse_add_norm import fuse_add_norm
-from mlcgen.passes.fuse_dequantize_matmul import fuse_dequantize_matmul
 from mlcgen.passes.fuse_gate_up import fuse_gate_up
+from mlcgen.passes.fuse_linear import fuse_linear
 from mlcgen.passes.fuse_qkv import fuse_qkv
 from mlcgen.passes.fuse_rope import fuse_rope
 from mlcgen.passes.paged_attention import KvLayout, paged_attention
@@ -43,10 +42,9 @@ def model_pipeline(target: Target, options: PassOptions) -> list[NamedPass]:
         ("select_logit_rows", select_logit_rows),
         # Before quantize: stacking whole matrices is simpler than stacking their parts.
         ("fuse_qkv", partial(fuse_qkv, can_stack=can_stack)),
-        ("fuse_gate_up", partial(fuse_gate_up, can_stack=can_stack, target=target)),
+        ("fuse_gate_up", partial(fuse_gate_up, can_stack=can_stack)),
         ("quantize", partial(quantize, sources=options.sources)),
-        ("fuse_dequantize_matmul", partial(fuse_dequantize_matmul, formats=formats, target=target)),
-        ("fuse_add_norm", partial(fuse_add_norm, target=target)),
+        ("fuse_linear", partial(fuse_linear, formats=formats, target=target)),
         ("paged_attention", partial(paged_attention, layout=options.kv, target=target)),
         # After paged_attention: rope moves into the kernel that appends to the pages.
         ("fuse_rope", partial(fuse_rope, layout=options.kv, target=target)),

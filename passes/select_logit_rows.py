@@ -1,4 +1,4 @@
-"""Only the rows that will be sampled go through the output matrix, the model's largest."""
+"""Only the rows that will be sampled go through the last norm and the output matrix, the model's largest."""
 
 from tvm import IRModule, relax, tirx
 
@@ -16,7 +16,12 @@ def select_logit_rows(mod: IRModule) -> IRModule:
     def rule(rewriter: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
         if not var.same_as(logits):
             return None
-        hidden = rewriter.emit(relax.op.take(value.args[0], rows, axis=0, mode="clip"), "sampled_hidden")
+        norm = rewriter.value(value.args[0])
+        has_norm = is_op(norm, "relax.nn.rms_norm")
+        hidden = norm.args[0] if has_norm else value.args[0]
+        hidden = rewriter.emit(relax.op.take(hidden, rows, axis=0, mode="clip"), "sampled_hidden")
+        if has_norm:  # rows are normalized one by one: the order does not matter
+            hidden = rewriter.emit(relax.op.nn.rms_norm(hidden, norm.args[1], [-1], norm.attrs.epsilon))
         return relax.op.matmul(hidden, value.args[1])
 
     return rewrite(mod, rule, new_inputs=[rows])

@@ -6,17 +6,32 @@ from typing import Any, Protocol
 from mlcgen.formats import WeightFormat
 
 
+@dataclass(frozen=True)
+class Linear:
+    """out (n, N) f32 = f(x) W^T [+ bias] [+ residual]: a product with a stored matrix and what stands around it."""
+
+    fmt: WeightFormat
+    out_features: int  # N
+    in_features: int  # K
+    norm_eps: float | None = None  # f(x) = x / rms(x) * weight; the weight (K,) is an argument after x
+    is_gated: bool = False  # f(x) = silu(gate) * up, x (n, 2 * K) holding the gate first
+    has_bias: bool = False  # (N,)
+    has_residual: bool = False  # (n, N)
+
+    @property
+    def name(self) -> str:
+        around = {"norm": self.norm_eps is not None, "gated": self.is_gated, "residual": self.has_residual}
+        return "_".join(["linear", self.fmt.name, *(name for name, present in around.items() if present)])
+
+
 class Kernels(Protocol):
     """The kernels a target brings, each a `tirx.PrimFunc` for any number of tokens n; shapes as in their files.
 
     float32 activations; pages are (num_pages, 2, num_kv_heads, page_size, head_dim).
     """
 
-    def linear(self, fmt: WeightFormat, out_features: int, in_features: int, bias: bool) -> Any: ...
+    def linear(self, spec: Linear) -> Any: ...
     def embedding(self, fmt: WeightFormat, vocab: int, hidden: int) -> Any: ...
-    def rms_norm(self, hidden: int, eps: float) -> Any: ...
-    def add_rms_norm(self, hidden: int, eps: float) -> Any: ...
-    def silu_mul(self, features: int) -> Any: ...
     def rope_append(self, num_heads: int, num_kv_heads: int, head_dim: int, page_size: int, kv_dtype: str) -> Any: ...
     def paged_attention(
         self,

@@ -11,7 +11,7 @@ from mlcgen.errors import TargetError
 from mlcgen.formats import WeightFormat
 from mlcgen.runtime.cpu import host_arch, host_features
 from mlcgen.targets import cpu_kernels
-from mlcgen.targets.base import Target
+from mlcgen.targets.base import Linear, Target
 from mlcgen.targets.cpu_kernels import Isa
 
 # LLVM's features that generated code may use, from the widest; a variant lists those that its CPUs have.
@@ -61,27 +61,16 @@ class CpuKernels:
 
     isa: Isa
 
-    # Building a kernel takes 0.1 s, and every layer asks for the same ones.
+    # Building a kernel takes 0.1 s or more, and every layer asks for the same ones.
     @functools.cache  # noqa: B019  (targets are few and live as long as the process)
-    def linear(self, fmt: WeightFormat, out_features: int, in_features: int, bias: bool) -> Any:
-        kernel = cpu_kernels.linear(fmt, out_features, in_features, self.isa, bias)
-        return _described(kernel, "linear", weights=out_features * in_features)
+    def linear(self, spec: Linear) -> Any:
+        kernel = cpu_kernels.linear(spec, self.isa)
+        weights = spec.out_features * spec.in_features
+        return _described(kernel, "linear", cpu_kernels.describe_linear(spec, self.isa), weights)
 
     @functools.cache  # noqa: B019
     def embedding(self, fmt: WeightFormat, vocab: int, hidden: int) -> Any:
         return _described(cpu_kernels.embedding(fmt, vocab, hidden, self.isa), "embedding")
-
-    @functools.cache  # noqa: B019
-    def rms_norm(self, hidden: int, eps: float) -> Any:
-        return _described(cpu_kernels.rms_norm(hidden, eps, self.isa), "norm")
-
-    @functools.cache  # noqa: B019
-    def add_rms_norm(self, hidden: int, eps: float) -> Any:
-        return _described(cpu_kernels.add_rms_norm(hidden, eps, self.isa), "norm")
-
-    @functools.cache  # noqa: B019
-    def silu_mul(self, features: int) -> Any:
-        return _described(cpu_kernels.silu_mul(features, self.isa), "activation")
 
     @functools.cache  # noqa: B019
     def rope_append(self, num_heads: int, num_kv_heads: int, head_dim: int, page_size: int, kv_dtype: str) -> Any:
@@ -103,7 +92,8 @@ class CpuKernels:
         return _described(cpu_kernels.paged_attention(*sizes, self.isa), "attention")
 
 
-def _described(kernel: Any, file: str, weights: int = 0) -> Any:
+def _described(kernel: Any, file: str, units: str = "", weights: int = 0) -> Any:
     """Marks a kernel as finished, with what the compile report says of it."""
-    kernel = kernel.with_attr("mlcgen.how", f"kernel: targets/cpu_kernels/{file}.py")
+    how = f"kernel: targets/cpu_kernels/{file}.py" + (f" ({units})" if units else "")
+    kernel = kernel.with_attr("mlcgen.how", how)
     return kernel.with_attr("mlcgen.flops_per_token", 2 * weights)

@@ -3,12 +3,10 @@
 All take a dynamic number of tokens, activations in float32, fully packed buffers, and write to their last argument(s).
 """
 
-from .activation import silu_mul
 from .attention import paged_attention
 from .embedding import embedding
 from .isa import Isa
-from .linear import linear
-from .norm import add_rms_norm, rms_norm
+from .linear import describe_linear, linear
 from .rope import rope_append
 
-__all__ = ["Isa", "add_rms_norm", "embedding", "linear", "paged_attention", "rms_norm", "rope_append", "silu_mul"]
+__all__ = ["Isa", "describe_linear", "embedding", "linear", "paged_attention", "rope_append"]

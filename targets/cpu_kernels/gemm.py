@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from tvm.tirx.script import builder as T  # noqa: N812
 
 from .isa import Isa
-from .vector import Expr, Register, bind, i64, splat
+from .units import multiply_add
+from .vector import Expr, Register, bind, i64
 
 
 def tile_rows(isa: Isa, vectors: int) -> int:
@@ -18,13 +19,16 @@ def multiply_tile(
     initial: Sequence[Sequence[Expr]],
     a: Callable[[int, Expr], Expr],
     b: Callable[[Expr, int], Expr],
+    unit: Callable[[Expr, Expr, Expr], Expr] = multiply_add,
 ) -> list[list[Register]]:
-    """initial[r][c] + sum over k < extent of a(r, k) * b(k, c), in one register per (row, vector of columns)."""
+    """initial[r][c] + sum over k < extent of a(r, k) * b(k, c), in one register per (row, vector of columns).
+
+    unit(sum, vector of b, element of a) adds one product, or those of packed words."""
     sums = [[Register(value) for value in row] for row in initial]
     with T.serial(i64(extent)) as k:
         columns = [bind(b(k, c)) for c in range(len(sums[0]))]
         for r, row in enumerate(sums):
             element = bind(a(r, k))
             for register, column in zip(row, columns, strict=True):
-                register.set(register.get() + splat(element, register.lanes) * column)
+                register.set(unit(register.get(), column, element))
     return sums

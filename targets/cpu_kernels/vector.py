@@ -246,6 +246,13 @@ def _from_f32(isa: Isa, value: Expr, dtype: str) -> Expr:
     return T.reinterpret(_vector("float16", lanes), T.cast(_f16_bits(bind(value)), _vector("uint16", lanes)))
 
 
+def bf16_words(low: Expr, high: Expr) -> Expr:
+    """Words of two bfloat16 from two float32 vectors, rounded to nearest (ties up: cheaper, as good here)."""
+    half = splat(T.uint32(0x8000), lanes_of(low))
+    low, high = _as_u32(low) + half, _as_u32(high) + half
+    return (low >> splat(T.uint32(16), lanes_of(low))) | (high & splat(T.uint32(0xFFFF0000), lanes_of(high)))
+
+
 def _f16_bits(value: Expr) -> Expr:
     """float32 -> float16 bit patterns with integer instructions. Out of range saturates to the largest float16."""
     lanes = lanes_of(value)
@@ -289,12 +296,21 @@ EXP_POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.166579589
 ROUND = 12582912.0
 
 
+def round_to_int32(x: Expr) -> Expr:
+    """The nearest integers, ties to even, of |x| < 2**22."""
+    return T.reinterpret(_vector("int32", lanes_of(x)), _shifted(x) - _as_u32(splat(ROUND, lanes_of(x))))
+
+
+def _shifted(x: Expr) -> Expr:
+    # Subtract as integers: TVM compiles with fast-math flags, under which LLVM cancels ROUND - ROUND.
+    return bind(_as_u32(x + splat(ROUND, lanes_of(x))))
+
+
 def exp(x: Expr) -> Expr:
     """exp(x), relative error below 2e-7, saturating outside [-87.3, 88]. (TIR's own exp calls libm for each lane.)"""
     lanes = lanes_of(x)
     x = bind(tirx.min(tirx.max(x, splat(-87.3, lanes)), splat(88.0, lanes)))
-    shifted = bind(_as_u32(x * splat(1.44269504088896341, lanes) + splat(ROUND, lanes)))
-    # Subtract as integers: TVM compiles with fast-math flags, under which LLVM cancels ROUND - ROUND.
+    shifted = _shifted(x * splat(1.44269504088896341, lanes))
     n = T.reinterpret(_vector("int32", lanes), shifted - _as_u32(splat(ROUND, lanes)))
     n = bind(T.cast(n, _vector("float32", lanes)))
     r = bind(x - n * splat(0.693359375, lanes))  # ln(2) in two parts: n times the first is exact

@@ -36,10 +36,17 @@ class Weights:
     def group_minimum(self, isa: Isa, tile: Expr, group: Expr) -> Expr:
         return bind(load_f32(isa, self.minimum, tile, group, 0, lanes=TILE))
 
+    def group_values(self, isa: Isa, tile: Expr, group: Expr) -> Iterator[tuple[int, Expr]]:
+        """(column within the group, 16 weights as float32) for each column of a group."""
+        scale = self.group_scale(isa, tile, group)
+        minimum = self.group_minimum(isa, tile, group) if self.fmt.has_minimum else None
+        for column, code in self.group_codes(tile, group):
+            yield column, bind(code * scale if minimum is None else code * scale + minimum)
+
     def group_codes(self, tile: Expr, group: Expr) -> Iterator[tuple[int, Expr]]:
         """(column within the group, code - zero_point as 16 float32) for each column of a group."""
         fmt = self.fmt
-        for first, words in self._group_words(tile, group):
+        for first, words in self.group_words(tile, group):
             if fmt.zero_point:
                 # Flipping each code's top bit makes it its own value minus the zero point, in two's complement.
                 words = bind(words ^ splat(T.uint32(_top_bits(fmt.bits)), TILE))
@@ -52,14 +59,29 @@ class Weights:
         One instruction less than moving them down; the activation takes the scale instead.
         """
         fmt = self.fmt
-        for first, words in self._group_words(tile, group):
+        for first, words in self.group_words(tile, group):
             for column in range(columns_per_word(fmt)):
                 bit = _bit_of(fmt, column)
                 in_place = words & splat(T.uint32(((1 << fmt.bits) - 1) << bit), TILE)
                 field = words >> splat(T.uint32(bit), TILE) if _is_top(fmt, bit) else in_place
                 yield first + column, bind(T.cast(T.reinterpret("int32x16", field), "float32x16"))
 
-    def _group_words(self, tile: Expr, group: Expr) -> Iterator[tuple[int, Expr]]:
+    def group_bytes(self, tile: Expr, group: Expr) -> Iterator[Expr]:
+        """16 words of four unsigned codes, one byte each, for every four columns of a group."""
+        for _, words in self.group_words(tile, group):
+            if self.fmt.bits == 8:
+                yield words
+            else:
+                low = splat(T.uint32(0x0F0F0F0F), TILE)
+                yield bind(words & low)
+                yield bind((words >> splat(T.uint32(4), TILE)) & low)
+
+    def bf16_pair(self, tile: Expr, k: Expr) -> Expr:
+        """Columns k and k + 1 of a tile in the format bf16: 16 words."""
+        low, high = (T.cast(load(self.w, tile, k + i, 0, lanes=TILE), "uint32x16") for i in range(2))
+        return low | (high << splat(T.uint32(16), TILE))
+
+    def group_words(self, tile: Expr, group: Expr) -> Iterator[tuple[int, Expr]]:
         """(first column within the group, 16 words of 32 bits) for each cache line of a group."""
         per_group = self.fmt.group // columns_per_word(self.fmt)
         for word in range(per_group):

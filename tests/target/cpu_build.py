@@ -16,6 +16,8 @@ X86_LEVELS = {
     "x86-64": set(),
     "x86-64-v3": {"avx2", "fma", "f16c", "bmi2"},
     "x86-64-v4": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "icelake-server": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
+    "znver4": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"},
 }
 MakeKernel = Callable[[Isa], tvm.tirx.PrimFunc]
 

@@ -57,6 +57,13 @@ def silu_mul(gate_up: np.ndarray) -> np.ndarray:
     return gate / (1 + np.exp(-gate)) * up
 
 
+def round_activations(x: np.ndarray, group: int) -> np.ndarray:
+    """Each group of columns rounded to 127 steps of its largest value."""
+    groups = x.astype(np.float64).reshape(len(x), -1, group)
+    step = np.abs(groups).max(-1, keepdims=True) / 127
+    return (np.round(groups / np.where(step == 0, 1, step)) * step).reshape(x.shape)
+
+
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     """x (n, heads, D), cos and sin (n, D/2): rotate the pairs (i, i + D/2)."""
     a, b = np.split(x, 2, axis=-1)

@@ -7,33 +7,31 @@ import pytest
 from tvm import te
 from tvm.target import Target
 
-from mlcgen.formats import BF16, F16, F32, Q4, Q8, WeightFormat, grouped
+from mlcgen.formats import BF16, F16, F32, Q4, Q8, WeightFormat, grouped, with_int8_activations
+from mlcgen.targets.base import Linear
 from mlcgen.targets.cpu_kernels import embedding, linear, rope_append
 
-from .cpu_build import assert_close, compile_for, normal, unset
+from .cpu_build import assert_close, compile_for, unset
 from .emulate import emulated, every_variant, execute, link, needs_emulator
 from .reference import random_weight
 from .test_cpu_attention import Shape
 from .test_cpu_attention import run as check_attention
+from .test_cpu_linear import check as check_linear
 from .test_cpu_rope import check as check_rope_append
 
 FORMATS = [F32, F16, BF16, Q8, Q4, grouped(4, 32, has_minimum=True)]
+INT8_FORMATS = [with_int8_activations(fmt) for fmt in (Q4, Q8, grouped(8, 16, has_minimum=True))]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 every_kv_dtype = pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16"])
 pytestmark = needs_emulator
 
 
 @every_variant
-@every_format
+@pytest.mark.parametrize("fmt", [*FORMATS, *INT8_FORMATS], ids=lambda fmt: fmt.name)
 def test_linear(variant: str, fmt: WeightFormat, tmp_path: Path) -> None:
-    n, k = 83, 96  # 6 tiles, the last of 3 columns
-    rng = np.random.default_rng(0)
-    kernel = emulated(variant, lambda isa: linear(fmt, n, k, isa, bias=True), tmp_path)
-    stored, matrix = random_weight(fmt, n, k, rng)
-    for rows in (1, 4, 7, 55):
-        x, bias, out = normal(rng, rows, k), normal(rng, n), unset(rows, n)
-        kernel(x, *stored, bias, out)
-        assert_close(out, x.astype(np.float64) @ matrix.T.astype(np.float64) + bias)
+    spec = Linear(fmt, 83, 96, has_bias=True)  # 6 tiles, the last of 3 columns
+    kernel = emulated(variant, lambda isa: linear(spec, isa), tmp_path)
+    check_linear(kernel, spec, (1, 4, 7, 55), 2e-3 if fmt.int8_activations else 3e-6)
 
 
 @every_variant

@@ -4,6 +4,7 @@ import tvm
 from tvm import IRModule, relax, te
 from tvm.script import tirx as T  # noqa: N812
 
+from mlcgen.formats import F32
 from mlcgen.passes.schedule import HOW, describe, schedule
 
 
@@ -73,7 +74,7 @@ def test_what_no_rule_takes_stays_serial_and_says_so():
 
 def test_a_kernel_that_a_target_wrote_stays(tools):
     kernels = {
-        "norm": tools.target.kernels.rms_norm(32, 1e-5).without_attr("global_symbol"),
+        "embedding": tools.target.kernels.embedding(F32, 40, 32).without_attr("global_symbol"),
         "finished": summed.with_attr(HOW, "by hand"),
     }
     found = schedule(IRModule(kernels))

@@ -3,9 +3,10 @@ import pytest
 from tvm import relax
 
 from mlcgen.formats import BF16, F16, F32, Q4, Q8, grouped
-from mlcgen.passes.fuse_dequantize_matmul import LINEAR, fuse_dequantize_matmul
+from mlcgen.passes.fuse_linear import LINEAR, fuse_linear
 from mlcgen.passes.packing import dequantize
 from mlcgen.passes.quantize import FORMAT
+from mlcgen.targets.base import Linear
 
 ROWS, COLUMNS = 20, 64
 FORMATS = [F32, F16, BF16, Q8, Q4, grouped(8, 16), grouped(4, has_minimum=True), grouped(8, has_minimum=True)]
@@ -20,10 +21,10 @@ def rows(tools, name="x"):
     return tools.var(name, tools.n, COLUMNS)
 
 
-def decode(builder, fmt, parts, marked=True):
+def decode(builder, fmt, parts, marked=True, n=ROWS, k=COLUMNS):
     attrs = {FORMAT: fmt.name} if marked else {}
     return builder.emit_te(
-        lambda *p: dequantize(fmt, ROWS, COLUMNS, p), *parts, primfunc_name_hint="dequantize", primfunc_attrs=attrs
+        lambda *p: dequantize(fmt, n, k, p), *parts, primfunc_name_hint="dequantize", primfunc_attrs=attrs
     )
 
 
@@ -43,7 +44,7 @@ def lookup(tools, fmt):
 
 
 def fuse(tools, mod, fmt):
-    return fuse_dequantize_matmul(mod, {fmt.name: fmt}, tools.target)
+    return fuse_linear(mod, {fmt.name: fmt}, tools.target)
 
 
 def canonical(mod):
@@ -54,7 +55,7 @@ def canonical(mod):
 @every_format
 def test_product_becomes_one_kernel(tools, fmt, bias):
     def body(builder, x, *stored):
-        kernel = tools.target.kernels.linear(fmt, ROWS, COLUMNS, bias).with_attr(LINEAR, fmt.name)
+        kernel = tools.target.kernels.linear(Linear(fmt, ROWS, COLUMNS, has_bias=bias)).with_attr(LINEAR, fmt.name)
         if bias:  # the product without its bias took the name first
             kernel = kernel.with_attr("global_symbol", f"{kernel.attrs['global_symbol']}1")
         return tools.call_kernel(builder, kernel, [x, *stored], relax.TensorType((tools.n, ROWS), "float32"))
@@ -85,14 +86,52 @@ def test_a_kernel_without_the_mark_stays(tools):
     tools.same(canonical(fuse(tools, mod, Q8)), canonical(mod))
 
 
-def test_a_residual_is_no_bias(tools):
+@pytest.mark.parametrize("residual_first", [False, True])
+def test_a_residual_addition_joins_its_product(tools, residual_first):
     def body(builder, x, residual, *parts):
-        return relax.op.add(tools.linear(builder, x, decode(builder, Q8, parts)), residual)
+        out = tools.linear(builder, x, decode(builder, Q8, parts))
+        return relax.op.add(*((residual, out) if residual_first else (out, residual)))
 
     residual = tools.var("residual", tools.n, ROWS)
     first, *stored = params(tools, Q8, rows(tools))
     after = fuse(tools, tools.forward([first, residual, *stored], body, 2), Q8)
-    assert tools.ops(after) == ["linear_q8", "add"]
+    assert tools.ops(after) == ["linear_q8_residual"]
+
+
+def surrounded(tools):
+    """silu(norm(x) U^T) * (norm(x) V^T) W^T + bias + x, U and V stacked: all that one kernel may hold, in two."""
+
+    def body(builder, x, norm_weight, *params):
+        up, down, bias = params[: len(params) // 2], params[len(params) // 2 : -1], params[-1]
+        normed = builder.emit(relax.op.nn.rms_norm(x, norm_weight, [-1], 1e-5))
+        split = builder.emit(relax.op.split(tools.linear(builder, normed, decode(builder, F32, up, n=2 * ROWS)), 2, 1))
+        gate, value = (builder.emit(relax.TupleGetItem(split, i)) for i in range(2))
+        gated = builder.emit(relax.op.multiply(builder.emit(relax.op.nn.silu(gate)), value))
+        out = tools.linear(builder, gated, decode(builder, F32, down, n=COLUMNS, k=ROWS), bias)
+        return relax.op.add(x, out)
+
+    stored = [("up", 2 * ROWS, COLUMNS), ("down", COLUMNS, ROWS)]
+    matrices = [tools.var(name, *F32.parts(n, k)[0][1]) for name, n, k in stored]
+    return tools.forward([rows(tools), tools.var("norm", COLUMNS), *matrices, tools.var("bias", COLUMNS)], body)
+
+
+def test_norm_gate_bias_and_residual_join_their_products(tools, rng):
+    mod = surrounded(tools)
+    after = fuse(tools, mod, F32)
+    assert tools.ops(after) == ["linear_f32_norm", "linear_f32_gated_residual"]
+    shapes = [(5, COLUMNS), (COLUMNS,), (3, COLUMNS, 16), (4, ROWS, 16), (COLUMNS,)]
+    arrays = [rng.normal(0, 0.3, size=shape).astype("f4") for shape in shapes]
+    np.testing.assert_allclose(tools.run(after, *arrays), tools.run(mod, *arrays), rtol=1e-3, atol=1e-3)
+
+
+def test_a_norm_that_others_read_too_stays_for_them(tools):
+    def body(builder, x, weight, *parts):
+        normed = builder.emit(relax.op.nn.rms_norm(x, weight, [-1], 1e-5))
+        return relax.op.add(tools.linear(builder, normed, decode(builder, Q8, parts, n=COLUMNS)), normed)
+
+    stored = [tools.var(name, *shape, dtype=dtype) for name, shape, dtype in Q8.parts(COLUMNS, COLUMNS)]
+    after = fuse(tools, tools.forward([rows(tools), tools.var("weight", COLUMNS), *stored], body), Q8)
+    assert tools.ops(after) == ["nn.rms_norm", "linear_q8_norm_residual"]
 
 
 def test_a_product_with_a_bias_that_others_read_too(tools, rng):

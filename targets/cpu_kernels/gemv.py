@@ -1,0 +1,144 @@
+"""Products of few rows: weights are decoded in registers, a tile of 16 output rows at a time, for up to 4 rows of x."""
+
+from collections.abc import Callable
+from functools import reduce
+from operator import add
+
+from tvm.tirx.script import builder as T  # noqa: N812
+
+from ...formats import TILE, WeightFormat
+from ..base import Linear
+from .activation import Rows
+from .isa import Isa
+from .operand import FloatRows, Int8Rows, field_rows, float_rows, int8_rows
+from .output import Output
+from .units import Int8Dot
+from .vector import Expr, Register, bind, i64, load, splat
+from .weights import Weights
+
+Times = Callable[[list[Expr], Expr], list[Expr]]  # (rows, tile) -> their products, 16 float32 each
+
+
+def few_rows_product(spec: Linear, isa: Isa, n: Expr, rows: Rows, weights: Weights, output: Output) -> None:
+    times = _prepare(spec.fmt, isa, n, rows, weights, spec.in_features)
+
+    def store_rows(block: list[Expr], tile: Expr) -> None:
+        for row, total in zip(block, times(block, tile), strict=True):
+            output.store(output.finish(total, row, tile), row, tile)
+
+    with T.parallel(i64(output.tiles)) as tile:
+        with T.serial(n // 4) as four:  # a tile of W stays in L1 from one block of rows to the next
+            store_rows([four * 4 + r for r in range(4)], tile)
+        for count in (2, 1):
+            with T.If(n % (2 * count) >= count), T.Then():
+                first = bind(n - n % (2 * count))
+                store_rows([first + r for r in range(count)], tile)
+
+
+def few_rows_unit(fmt: WeightFormat, isa: Isa) -> str:
+    return f"int8 {Int8Dot(isa, fmt).name}" if fmt.int8_activations else "float32 multiply-add"
+
+
+def _prepare(fmt: WeightFormat, isa: Isa, n: Expr, rows: Rows, weights: Weights, width: int) -> Times:
+    if fmt.int8_activations:
+        dot = Int8Dot(isa, fmt)
+        x8 = int8_rows(rows, n, width, fmt, dot)
+        return lambda block, tile: _int8_rows_times_tile(isa, dot, x8, weights, block, tile)
+    if fmt.is_grouped:
+        x = field_rows(rows, n, width, fmt)
+        return lambda block, tile: _grouped_rows_times_tile(isa, x, weights, block, tile)
+    x = float_rows(rows, n, width)
+    return lambda block, tile: _float_rows_times_tile(isa, x, weights, block, tile)
+
+
+def _int8_rows_times_tile(
+    isa: Isa, dot: Int8Dot, x: Int8Rows, weights: Weights, rows: list[Expr], tile: Expr
+) -> list[Expr]:
+    fmt, words = weights.fmt, weights.fmt.group // 4
+    totals = [Register(splat(0.0, TILE)) for _ in rows]
+    with T.serial(i64(int(x.scales.ty.shape[1]))) as group:
+        sums = [dot.start() for _ in rows]
+        for i, codes in enumerate(weights.group_bytes(tile, group)):
+            sums = [
+                dot.add(total, codes, load(x.words, row, group * words + i))
+                for row, total in zip(rows, sums, strict=True)
+            ]
+        scale = weights.group_scale(isa, tile, group)
+        minimum = weights.group_minimum(isa, tile, group) if fmt.has_minimum else None
+        for row, total, products in zip(rows, totals, sums, strict=True):
+            total.set(add_group(dot, x, total.get(), products, row, group, scale, minimum))
+    return [total.get() for total in totals]
+
+
+def add_group(
+    dot: Int8Dot, x: Int8Rows, total: Expr, products: Expr, row: Expr, group: Expr, scale: Expr, minimum: Expr | None
+) -> Expr:
+    """total + what a group's int8 products mean: scale * (scale of x * products + offset) [+ minimum * sum of x]."""
+    value = T.cast(dot.total(products), f"float32x{TILE}") * splat(load(x.scales, row, group), TILE)
+    if x.offsets is not None:
+        value = value + splat(load(x.offsets, row, group), TILE)
+    total = total + scale * value
+    return total if minimum is None else total + minimum * splat(load(x.sums, row, group), TILE)
+
+
+def _grouped_rows_times_tile(isa: Isa, x: FloatRows, weights: Weights, rows: list[Expr], tile: Expr) -> list[Expr]:
+    """Per group: the sum of code * x less the zero point's part, then one multiplication by the scale."""
+    fmt, width = weights.fmt, int(x.values.ty.shape[1])
+    totals = [Register(splat(0.0, TILE)) for _ in rows]
+    with T.serial(i64(width // fmt.group)) as group:
+        sums = [_Chains(_chains(rows)) for _ in rows]
+        for column, field in weights.group_fields(tile, group):
+            for row, chains in zip(rows, sums, strict=True):
+                chains.add(field * splat(load(x.values, row, group * fmt.group + column), TILE))
+        scale = weights.group_scale(isa, tile, group)
+        minimum = weights.group_minimum(isa, tile, group) if fmt.has_minimum else None
+        for row, total, chains in zip(rows, totals, sums, strict=True):
+            x_sum = load(x.sums, row, group)
+            centered = chains.total() - splat(x_sum * T.float32(fmt.zero_point), TILE)
+            total.set(total.get() + scale * centered)
+            if minimum is not None:
+                total.set(total.get() + minimum * splat(x_sum, TILE))
+    return [total.get() for total in totals]
+
+
+def _float_rows_times_tile(isa: Isa, x: FloatRows, weights: Weights, rows: list[Expr], tile: Expr) -> list[Expr]:
+    unroll, width = 8, int(x.values.ty.shape[1])
+    totals = [[Register(splat(0.0, TILE)) for _ in range(_chains(rows))] for _ in rows]
+
+    def add_column(k: Expr, chain: int) -> None:
+        weight = bind(weights.column(isa, tile, k))
+        for row, registers in zip(rows, totals, strict=True):
+            register = registers[chain % len(registers)]
+            register.set(register.get() + weight * splat(load(x.values, row, k), TILE))
+
+    with T.serial(i64(width // unroll)) as block:
+        for column in range(unroll):
+            weights.prefetch(tile, block * unroll + column)
+            add_column(block * unroll + column, column)
+    for k in range(width // unroll * unroll, width):
+        add_column(i64(k), 0)
+    return [reduce(add, [register.get() for register in registers]) for registers in totals]
+
+
+class _Chains:
+    """A sum in several independent chains, which hide the latency of the additions."""
+
+    def __init__(self, count: int) -> None:
+        self.partial: list[Expr] = []
+        self.count = count
+        self.next = 0
+
+    def add(self, term: Expr) -> None:
+        if len(self.partial) < self.count:
+            self.partial.append(bind(term))
+        else:
+            self.partial[self.next] = bind(self.partial[self.next] + term)
+            self.next = (self.next + 1) % self.count
+
+    def total(self) -> Expr:
+        return reduce(add, self.partial)
+
+
+def _chains(rows: list[Expr]) -> int:
+    """Chains per row, so that a block of rows has at least 4 in all."""
+    return max(1, 4 // len(rows))

@@ -1,0 +1,151 @@
+"""The left operand of a product: rows of activations, prepared once, in the form that weights are multiplied with."""
+
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.tirx.script import builder as T  # noqa: N812
+
+from ...formats import TILE, WeightFormat
+from .activation import Rows
+from .isa import Isa
+from .units import Int8Dot
+from .vector import (
+    Buffer,
+    Expr,
+    bind,
+    for_each_block,
+    i64,
+    parallel_for,
+    reduce_max,
+    reduce_sum,
+    round_to_int32,
+    splat,
+    store,
+    store_f32,
+    view,
+)
+from .weights import field_scales
+
+AMX_ROWS, AMX_COLUMNS = 16, 32  # of bfloat16 in one AMX tile
+
+
+@dataclass(frozen=True)
+class FloatRows:
+    """Few rows against a grouped format: x times the scales of the codes' fields, and the sum of x over each group."""
+
+    values: Buffer  # (rows, K) float32
+    sums: Buffer | None  # (rows, K / group) float32; None for float formats, whose values are x itself
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """x = scale * values + rounding error, one scale per group of columns."""
+
+    words: Buffer  # (rows, K / 4) int32: four int8 values each
+    scales: Buffer  # (rows, K / group) float32
+    offsets: Buffer | None  # (rows, K / group) float32: for zero points that the unit does not subtract itself
+    sums: Buffer | None  # (rows, K / group) float32: scale * sum of values, for formats with a minimum
+
+
+def float_rows(rows: Rows, n: Expr, width: int) -> FloatRows:
+    """(n, K) float32 as it is."""
+    values = _scratch(n, width, "float32")
+
+    def write(t: Expr) -> None:
+        row = rows(t)
+        for_each_block(width, TILE, lambda k, lanes: store(values, row(k, lanes), t, k))
+
+    parallel_for(n, write)
+    return FloatRows(values, None)
+
+
+def field_rows(rows: Rows, n: Expr, width: int, fmt: WeightFormat) -> FloatRows:
+    """For `Weights.group_fields`."""
+    values, sums = _scratch(n, width, "float32"), _scratch(n, width // fmt.group, "float32")
+
+    def write(t: Expr) -> None:
+        row, scales = rows(t), field_scales(fmt)
+        with T.serial(i64(width // fmt.group)) as group:
+            total = splat(0.0, TILE)
+            for at in range(0, fmt.group, TILE):
+                x = bind(row(group * fmt.group + at, TILE))
+                store(values, x * scales, t, group * fmt.group + at)
+                total = total + x
+            store(sums, reduce_sum(bind(total)), t, group)
+
+    parallel_for(n, write)
+    return FloatRows(values, sums)
+
+
+def bf16_rows(rows: Rows, n: Expr, width: int, isa: Isa) -> Buffer:
+    """(n, K / 2) words of two bfloat16."""
+    values = _scratch(n, width, "uint16")
+
+    def write(t: Expr) -> None:
+        row = rows(t)
+        for_each_block(width, TILE, lambda k, lanes: store_f32(isa, values, row(k, lanes), t, k))
+
+    parallel_for(n, write)
+    return view(values, (n, width // 2), "uint32")
+
+
+def amx_rows(rows: Rows, n: Expr, width: int, isa: Isa) -> Buffer:
+    """(n / 16, K / 32, 16, 32) bfloat16, an AMX tile being 1 KB in one piece; n is rounded up."""
+    blocks = (n + (AMX_ROWS - 1)) // AMX_ROWS
+    shape = [blocks, i64(width // AMX_COLUMNS), i64(AMX_ROWS), i64(AMX_COLUMNS)]
+    values = T.alloc_buffer(shape, "uint16")
+
+    def write(t: Expr) -> None:
+        row = rows(t)
+        with T.serial(i64(width // AMX_COLUMNS)) as block:
+            for at in range(0, AMX_COLUMNS, TILE):
+                x = row(block * AMX_COLUMNS + at, TILE)
+                store_f32(isa, values, x, t // AMX_ROWS, block, t % AMX_ROWS, i64(at))
+
+    parallel_for(n, write)
+    return values
+
+
+def int8_rows(rows: Rows, n: Expr, width: int, fmt: WeightFormat, dot: Int8Dot) -> Int8Rows:
+    """Each group is rounded to 127 steps of its largest value."""
+    groups = width // fmt.group
+    values = _scratch(n, width, "int8")
+    scales = _scratch(n, groups, "float32")
+    offsets = _scratch(n, groups, "float32") if dot.offset != fmt.zero_point else None
+    sums = _scratch(n, groups, "float32") if fmt.has_minimum else None
+
+    def write(t: Expr) -> None:
+        row = rows(t)
+        with T.serial(i64(groups)) as group:
+            first = bind(group * fmt.group)
+            parts = [bind(row(first + at, TILE)) for at in range(0, fmt.group, TILE)]
+            scale, total = _round_group(values, parts, t, first)
+            store(scales, scale, t, group)
+            scaled = bind(scale * T.cast(total, "float32"))
+            if offsets is not None:
+                store(offsets, scaled * T.float32(dot.offset - fmt.zero_point), t, group)
+            if sums is not None:
+                store(sums, scaled, t, group)
+
+    parallel_for(n, write)
+    return Int8Rows(view(values, (n, width // 4), "int32"), scales, offsets, sums)
+
+
+def _round_group(values: Buffer, parts: list[Expr], t: Expr, first: Expr) -> tuple[Expr, Expr]:
+    """Store a group's values; returns (scale, sum of the values)."""
+    magnitudes = [T.Select(x < splat(0.0, TILE), splat(0.0, TILE) - x, x) for x in parts]
+    largest = magnitudes[0]
+    for magnitude in magnitudes[1:]:
+        largest = tirx.max(largest, magnitude)
+    top = bind(reduce_max(bind(largest)))
+    inverse = bind(T.Select(top > T.float32(0.0), T.float32(127.0) / top, T.float32(0.0)))
+    total = splat(T.int32(0), TILE)
+    for i, x in enumerate(parts):
+        value = bind(round_to_int32(x * splat(inverse, TILE)))
+        store(values, T.cast(value, f"int8x{TILE}"), t, first + i * TILE)
+        total = bind(total + value)
+    return bind(top * T.float32(1.0 / 127.0)), bind(reduce_sum(total))
+
+
+def _scratch(n: Expr, width: int, dtype: str) -> Buffer:
+    return T.alloc_buffer((n, i64(width)), dtype)

@@ -1,0 +1,288 @@
+"""Products of many rows: a panel of W is decoded to words of the multiply-add unit, which all rows of a task then read.
+
+Tasks run panel by panel within a block of rows, so that a thread finds its rows of x in L2.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from tvm import tirx
+from tvm.tirx.script import builder as T  # noqa: N812
+
+from ...formats import TILE
+from ..base import Linear
+from .activation import Rows
+from .gemm import multiply_tile, tile_rows
+from .gemv import add_group
+from .isa import Isa
+from .operand import bf16_rows, float_rows, int8_rows
+from .output import Output
+from .units import BF16_DOT_LLVM, Int8Dot, dot_bf16, multiply_add
+from .vector import Buffer, Expr, Register, bf16_words, bind, ceildiv, i64, load, splat, store
+from .weights import Weights
+
+PANEL_BYTES = 256 * 1024  # of decoded weights: a part of L2, beside the rows of x
+ROWS_PER_TASK = 256
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The product with one multiply-add unit; a word of the panel holds `columns` columns of one row of W."""
+
+    spec: Linear
+    isa: Isa
+
+    name: ClassVar[str]
+    columns: ClassVar[int]
+    fewest_rows: ClassVar[int]  # below this, decoding each weight once for 4 rows costs less than writing a panel
+
+    def scope(self) -> AbstractContextManager[Any]:
+        """What the function's body must stand in."""
+        return nullcontext()
+
+    def product(self, n: Expr, rows: Rows, weights: Weights, output: Output) -> None:
+        x = self._prepare(n, rows)
+        panels = -(-output.tiles // self._tiles)
+        blocks = bind(ceildiv(n, ROWS_PER_TASK))
+        block_rows = bind((ceildiv(n, self._height) + blocks - 1) // blocks * self._height)  # of about the same size
+        with T.parallel(blocks * panels) as task:
+            first_row = bind(tirx.min(task // panels * block_rows, n))
+            end_row = bind(tirx.min(first_row + block_rows, n))
+            first_tile = task % panels * self._tiles
+            # An odd last tile is computed twice, with the same result.
+            tiles = [bind(tirx.min(first_tile + t, i64(output.tiles - 1))) for t in range(self._tiles)]
+            panel = self._allocate()
+            with T.serial(i64(-(-self.spec.in_features // self._depth))) as block:
+                first_k = bind(block * self._depth)
+                depth = bind(tirx.min(i64(self._depth), self.spec.in_features - first_k))
+                for t, tile in enumerate(tiles):
+                    self._decode(weights, panel, t, tile, first_k, depth)
+                task_rows = _Task(x, panel, output, tiles, first_k, depth, end_row)
+                self._for_each_block(first_row, end_row, lambda first, height: self._block(task_rows, first, height))
+
+    def _for_each_block(self, first_row: Expr, end_row: Expr, body: Any) -> None:
+        """body(first row, height): register tiles of full height, then a lower one for what is left."""
+        height = self._height
+        full = bind((end_row - first_row) // height)
+        with T.serial(full) as block:
+            body(first_row + block * height, height)
+        left = bind(end_row - first_row - full * height)
+        shorter = 0
+        for rows in sorted({-(-height * i // 4) for i in range(1, 5)}):
+            with T.If(tirx.And(left > shorter, left <= rows)), T.Then():
+                body(first_row + full * height, rows)
+            shorter = rows
+
+    def _block(self, task: "_Task", first_row: Expr, height: int) -> None:
+        """Rows past the end repeat the last one: the same value is stored again."""
+        rows = [bind(tirx.min(first_row + r, task.end_row - 1)) for r in range(height)]
+        sums = self._multiply(task, rows)
+        targets = [
+            (register, row, tile)
+            for row, registers in zip(rows, sums, strict=True)
+            for register, tile in zip(registers, task.tiles, strict=True)
+        ]
+        # Everything is read before anything is stored, because repeated rows and tiles are stored twice.
+        with T.If(task.first_k == 0):
+            with T.Then():
+                for register, row, tile in targets:
+                    register.set(task.output.finish(register.get(), row, tile))
+            if self._depth < self.spec.in_features:
+                with T.Else():
+                    for register, row, tile in targets:
+                        register.set(register.get() + task.output.partial(row, tile))
+        for register, row, tile in targets:
+            task.output.store(register.get(), row, tile)
+
+    @cached_property
+    def _tiles(self) -> int:
+        return 2 if self.isa.registers_per_tile == 1 else 1
+
+    @cached_property
+    def _depth(self) -> int:
+        """Columns of W (the k of the product) that are decoded at a time: a whole number of groups."""
+        unit = self.spec.fmt.group or 32
+        depth = PANEL_BYTES * self.columns // (4 * TILE * self._tiles)
+        return min(self.spec.in_features, depth // unit * unit)
+
+    @cached_property
+    def _height(self) -> int:
+        """Rows of a register tile."""
+        return tile_rows(self.isa, self._tiles * self.isa.registers_per_tile)
+
+    def _allocate(self) -> Any:
+        raise NotImplementedError
+
+    def _prepare(self, n: Expr, rows: Rows) -> Any:
+        raise NotImplementedError
+
+    def _decode(self, weights: Weights, panel: Any, t: int, tile: Expr, first_k: Expr, depth: Expr) -> None:
+        """Columns first_k … first_k + depth of a tile."""
+        raise NotImplementedError
+
+    def _multiply(self, task: "_Task", rows: Sequence[Expr]) -> list[list[Register]]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A part of the columns of some rows, times a panel."""
+
+    x: Any
+    panel: Any
+    output: Output
+    tiles: list[Expr]
+    first_k: Expr
+    depth: Expr
+    end_row: Expr
+
+
+class Float32Panel(Panel):
+    name, columns, fewest_rows = "float32 multiply-add", 1, 24
+
+    def _prepare(self, n: Expr, rows: Rows) -> Buffer:
+        return float_rows(rows, n, self.spec.in_features).values
+
+    def _allocate(self) -> Buffer:
+        return T.alloc_buffer((i64(self._depth), i64(self._tiles * TILE)), "float32")
+
+    def _decode(self, weights: Weights, panel: Buffer, t: int, tile: Expr, first_k: Expr, depth: Expr) -> None:
+        if not self.spec.fmt.is_grouped:
+            with T.serial(depth) as k:
+                store(panel, weights.column(self.isa, tile, first_k + k), k, t * TILE)
+            return
+        with T.serial(depth // self.spec.fmt.group) as g:
+            group = bind(first_k // self.spec.fmt.group + g)
+            for column, value in weights.group_values(self.isa, tile, group):
+                store(panel, value, g * self.spec.fmt.group + column, t * TILE)
+
+    def _multiply(self, task: _Task, rows: Sequence[Expr]) -> list[list[Register]]:
+        return multiply_tile(
+            task.depth,
+            [[splat(0.0, TILE) for _ in task.tiles] for _ in rows],
+            lambda r, k: load(task.x, rows[r], task.first_k + k),
+            lambda k, t: load(task.panel, k, t * TILE, lanes=TILE),
+            multiply_add,
+        )
+
+
+class Bf16Panel(Panel):
+    """Weights and activations rounded to bfloat16, sums in float32 (AVX512-BF16)."""
+
+    name, columns, fewest_rows = "bfloat16 dot product", 2, 8
+
+    def scope(self) -> AbstractContextManager[Any]:
+        return T.attr(T.int32(0), "pragma_import_llvm", BF16_DOT_LLVM)
+
+    def _prepare(self, n: Expr, rows: Rows) -> Buffer:
+        return bf16_rows(rows, n, self.spec.in_features, self.isa)
+
+    def _allocate(self) -> Buffer:
+        return T.alloc_buffer((i64(self._depth // 2), i64(self._tiles * TILE)), "uint32")
+
+    def _decode(self, weights: Weights, panel: Buffer, t: int, tile: Expr, first_k: Expr, depth: Expr) -> None:
+        decode_bf16(self.isa, weights, panel, t, tile, first_k, depth)
+
+    def _multiply(self, task: _Task, rows: Sequence[Expr]) -> list[list[Register]]:
+        first = bind(task.first_k // 2)
+        return multiply_tile(
+            task.depth // 2,
+            [[splat(0.0, TILE) for _ in task.tiles] for _ in rows],
+            lambda r, k: load(task.x, rows[r], first + k),
+            lambda k, t: load(task.panel, k, t * TILE, lanes=TILE),
+            dot_bf16,
+        )
+
+
+def decode_bf16(isa: Isa, weights: Weights, panel: Buffer, t: int, tile: Expr, first_k: Expr, depth: Expr) -> None:
+    """Columns first_k … first_k + depth of a tile as words of two bfloat16; panel (depth / 2, tiles * 16)."""
+    fmt = weights.fmt
+    if not fmt.is_grouped:
+        with T.serial(depth // 2) as pair:
+            store(panel, weights.bf16_pair(tile, first_k + pair * 2), pair, t * TILE)
+        return
+    with T.serial(depth // fmt.group) as g:
+        values = weights.group_values(isa, tile, bind(first_k // fmt.group + g))
+        for (column, low), (_, high) in zip(values, values, strict=True):  # neighbours, two at a time
+            store(panel, bf16_words(low, high), g * (fmt.group // 2) + column // 2, t * TILE)
+
+
+class Int8Panel(Panel):
+    """Codes times int8 activations; scales once per group."""
+
+    columns, fewest_rows = 4, 12
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"int8 {self._dot.name}"
+
+    @cached_property
+    def _dot(self) -> Int8Dot:
+        return Int8Dot(self.isa, self.spec.fmt)
+
+    @cached_property
+    def _height(self) -> int:
+        return 6 if self.isa.registers == 32 else 4
+
+    def _prepare(self, n: Expr, rows: Rows) -> Any:
+        return int8_rows(rows, n, self.spec.in_features, self.spec.fmt, self._dot)
+
+    def _allocate(self) -> dict[str, Buffer]:
+        """codes: words of four bytes; scale, minimum: float32."""
+        groups, width = i64(self._depth // self.spec.fmt.group), i64(self._tiles * TILE)
+        parts = {
+            "codes": T.alloc_buffer((i64(self._depth // 4), width), "uint32"),
+            "scale": T.alloc_buffer((groups, width), "float32"),
+        }
+        if self.spec.fmt.has_minimum:
+            parts["minimum"] = T.alloc_buffer((groups, width), "float32")
+        return parts
+
+    def _decode(
+        self, weights: Weights, panel: dict[str, Buffer], t: int, tile: Expr, first_k: Expr, depth: Expr
+    ) -> None:
+        words = self.spec.fmt.group // 4
+        with T.serial(depth // self.spec.fmt.group) as g:
+            group = bind(first_k // self.spec.fmt.group + g)
+            for i, codes in enumerate(weights.group_bytes(tile, group)):
+                store(panel["codes"], codes, g * words + i, t * TILE)
+            store(panel["scale"], weights.group_scale(self.isa, tile, group), g, t * TILE)
+            if "minimum" in panel:
+                store(panel["minimum"], weights.group_minimum(self.isa, tile, group), g, t * TILE)
+
+    def _multiply(self, task: _Task, rows: Sequence[Expr]) -> list[list[Register]]:
+        words, dot = self.spec.fmt.group // 4, self._dot
+        first_group = bind(task.first_k // self.spec.fmt.group)
+        columns = [t * TILE for t in range(self._tiles)]
+        totals = [[Register(splat(0.0, TILE)) for _ in columns] for _ in rows]
+        with T.serial(task.depth // self.spec.fmt.group) as g:
+            group = bind(first_group + g)
+            sums = [[dot.start() for _ in columns] for _ in rows]
+            for i in range(words):
+                codes = [bind(load(task.panel["codes"], g * words + i, column, lanes=TILE)) for column in columns]
+                for r, row in enumerate(rows):
+                    x = bind(load(task.x.words, row, group * words + i))
+                    sums[r] = [dot.add(total, c, x) for total, c in zip(sums[r], codes, strict=True)]
+            for t, column in enumerate(columns):
+                scale, minimum = (
+                    bind(load(task.panel[part], g, column, lanes=TILE)) if part in task.panel else None
+                    for part in ("scale", "minimum")
+                )
+                for r, row in enumerate(rows):
+                    total = totals[r][t]
+                    total.set(add_group(dot, task.x, total.get(), sums[r][t], row, group, scale, minimum))
+        return totals
+
+
+def panel_for(spec: Linear, isa: Isa) -> Panel:
+    """The product with the fastest unit that keeps the format's promise: f32 and f16 weights meet float32."""
+    fmt = spec.fmt
+    rounds = fmt.is_grouped or fmt.name == "bf16"
+    if fmt.int8_activations and isa.int8_dot:
+        return Int8Panel(spec, isa)
+    if rounds and isa.has_bf16_dot and spec.in_features % 2 == 0:
+        return Bf16Panel(spec, isa)
+    return Float32Panel(spec, isa)
