@@ -6,6 +6,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T  # noqa: N812
 
 from ...formats import TILE, WeightFormat
+from . import amx
 from .activation import Rows
 from .isa import Isa
 from .units import Int8Dot
@@ -25,8 +26,6 @@ from .vector import (
     view,
 )
 from .weights import field_scales
-
-AMX_ROWS, AMX_COLUMNS = 16, 32  # of bfloat16 in one AMX tile
 
 
 @dataclass(frozen=True)
@@ -91,16 +90,16 @@ def bf16_rows(rows: Rows, n: Expr, width: int, isa: Isa) -> Buffer:
 
 def amx_rows(rows: Rows, n: Expr, width: int, isa: Isa) -> Buffer:
     """(n / 16, K / 32, 16, 32) bfloat16, an AMX tile being 1 KB in one piece; n is rounded up."""
-    blocks = (n + (AMX_ROWS - 1)) // AMX_ROWS
-    shape = [blocks, i64(width // AMX_COLUMNS), i64(AMX_ROWS), i64(AMX_COLUMNS)]
+    blocks = (n + (amx.ROWS - 1)) // amx.ROWS
+    shape = [blocks, i64(width // amx.COLUMNS), i64(amx.ROWS), i64(amx.COLUMNS)]
     values = T.alloc_buffer(shape, "uint16")
 
     def write(t: Expr) -> None:
         row = rows(t)
-        with T.serial(i64(width // AMX_COLUMNS)) as block:
-            for at in range(0, AMX_COLUMNS, TILE):
-                x = row(block * AMX_COLUMNS + at, TILE)
-                store_f32(isa, values, x, t // AMX_ROWS, block, t % AMX_ROWS, i64(at))
+        with T.serial(i64(width // amx.COLUMNS)) as block:
+            for at in range(0, amx.COLUMNS, TILE):
+                x = row(block * amx.COLUMNS + at, TILE)
+                store_f32(isa, values, x, t // amx.ROWS, block, t % amx.ROWS, i64(at))
 
     parallel_for(n, write)
     return values

@@ -6,7 +6,7 @@ Tasks run panel by panel within a block of rows, so that a thread finds its rows
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 from tvm import tirx
@@ -14,13 +14,14 @@ from tvm.tirx.script import builder as T  # noqa: N812
 
 from ...formats import TILE
 from ..base import Linear
+from . import amx
 from .activation import Rows
 from .gemm import multiply_tile, tile_rows
 from .gemv import add_group
 from .isa import Isa
-from .operand import bf16_rows, float_rows, int8_rows
+from .operand import amx_rows, bf16_rows, float_rows, int8_rows
 from .output import Output
-from .units import BF16_DOT_LLVM, Int8Dot, dot_bf16, multiply_add
+from .units import Int8Dot, bf16_scope, dot_bf16, multiply_add
 from .vector import Buffer, Expr, Register, bf16_words, bind, ceildiv, i64, load, splat, store
 from .weights import Weights
 
@@ -175,7 +176,7 @@ class Bf16Panel(Panel):
     name, columns, fewest_rows = "bfloat16 dot product", 2, 8
 
     def scope(self) -> AbstractContextManager[Any]:
-        return T.attr(T.int32(0), "pragma_import_llvm", BF16_DOT_LLVM)
+        return bf16_scope()
 
     def _prepare(self, n: Expr, rows: Rows) -> Buffer:
         return bf16_rows(rows, n, self.spec.in_features, self.isa)
@@ -277,10 +278,82 @@ class Int8Panel(Panel):
         return totals
 
 
+class AmxPanel(Panel):
+    """Weights and activations rounded to bfloat16, whole tiles of both multiplied at a time."""
+
+    name, columns, fewest_rows = "AMX bfloat16 tiles", 2, 8
+
+    @staticmethod
+    def fits(spec: Linear) -> bool:
+        """Tiles have no ragged edges but the last rows; a product begins with the bias or with the residual."""
+        has_both = spec.has_bias and spec.has_residual
+        return spec.in_features % amx.COLUMNS == 0 and spec.out_features % TILE == 0 and not has_both
+
+    @cached_property
+    def _height(self) -> int:
+        return amx.BLOCK_ROWS
+
+    @cached_property
+    def _depth(self) -> int:
+        return super()._depth // amx.COLUMNS * amx.COLUMNS
+
+    def _prepare(self, n: Expr, rows: Rows) -> Buffer:
+        return amx_rows(rows, n, self.spec.in_features, self.isa)
+
+    def _allocate(self) -> Buffer:
+        return T.alloc_buffer((i64(self._depth // 2), i64(self._tiles * TILE)), "uint32")
+
+    def _decode(self, weights: Weights, panel: Buffer, t: int, tile: Expr, first_k: Expr, depth: Expr) -> None:
+        decode_bf16(self.isa, weights, panel, t, tile, first_k, depth)
+
+    def _for_each_block(self, first_row: Expr, end_row: Expr, body: Any) -> None:
+        full = bind((end_row - first_row) // self._height)
+        with T.If(full > 0), T.Then(), amx.configured(i64(self._height)), T.serial(full) as block:
+            body(first_row + block * self._height, self._height)
+        left = bind(end_row - first_row - full * self._height)
+        for fewest, height in ((1, amx.ROWS), (amx.ROWS + 1, self._height)):
+            with T.If(tirx.And(left >= fewest, left <= height)), T.Then(), amx.configured(left):
+                body(first_row + full * self._height, height)
+
+    def _block(self, task: "_Task", first_row: Expr, height: int) -> None:
+        def rows_of(i: int, k: Expr) -> amx.Tile:
+            index = (first_row // amx.ROWS + i, task.first_k // amx.COLUMNS + k, i64(0), i64(0))
+            return amx.Tile(task.x, index, 2 * amx.COLUMNS)
+
+        def columns_of(k: Expr, j: int) -> amx.Tile:
+            return amx.Tile(task.panel, (k * amx.ROWS, i64(j * TILE)), 4 * self._tiles * TILE)
+
+        def cells_of(buffer: Buffer, i: int, j: int) -> amx.Tile:
+            return amx.Tile(buffer, (first_row + i * amx.ROWS, task.tiles[j] * TILE), 4 * self.spec.out_features)
+
+        def multiply(initial: Any) -> None:
+            steps = task.depth // amx.COLUMNS
+            amx.multiply_block(
+                height // amx.ROWS, steps, rows_of, columns_of, initial, partial(cells_of, task.output.out)
+            )
+
+        output = task.output
+        first = None
+        if output.bias is not None:  # the same row for all: a stride of nothing
+            first = lambda i, j: amx.Tile(output.bias, (task.tiles[j] * TILE,), 0)  # noqa: E731
+        if output.residual is not None:
+            first = partial(cells_of, output.residual)
+        if self._depth == self.spec.in_features:
+            multiply(first)
+            return
+        with T.If(task.first_k == 0):
+            with T.Then():
+                multiply(first)
+            with T.Else():
+                multiply(partial(cells_of, output.out))
+
+
 def panel_for(spec: Linear, isa: Isa) -> Panel:
     """The product with the fastest unit that keeps the format's promise: f32 and f16 weights meet float32."""
     fmt = spec.fmt
     rounds = fmt.is_grouped or fmt.name == "bf16"
+    if rounds and isa.has_amx_bf16 and AmxPanel.fits(spec):
+        return AmxPanel(spec, isa)
     if fmt.int8_activations and isa.int8_dot:
         return Int8Panel(spec, isa)
     if rounds and isa.has_bf16_dot and spec.in_features % 2 == 0:

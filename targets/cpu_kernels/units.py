@@ -4,6 +4,8 @@ A word holds one float32, two bfloat16 or four bytes, so that all of them read w
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from tvm.tirx.script import builder as T  # noqa: N812
 
@@ -12,7 +14,7 @@ from .isa import Isa
 from .vector import Expr, bind, lanes_of, shuffle, splat
 
 # bfloat16 vectors do not survive TVM's legalization, so this instruction comes as LLVM's own text.
-BF16_DOT_LLVM = """
+_BF16_DOT_LLVM = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 
 define <16 x float> @mlcgen_dot_bf16(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b)
@@ -25,13 +27,18 @@ define <16 x float> @mlcgen_dot_bf16(<16 x float> %sum, <16 x i32> %a, <16 x i32
 """
 
 
+def bf16_scope(needed: bool = True) -> AbstractContextManager[Any]:
+    """What a function's body that uses `dot_bf16` must stand in."""
+    return T.attr(T.int32(0), "pragma_import_llvm", _BF16_DOT_LLVM) if needed else nullcontext()
+
+
 def multiply_add(total: Expr, weights: Expr, activation: Expr) -> Expr:
     """total + weights * activation: float32 lanes and a float32."""
     return total + splat(activation, lanes_of(total)) * weights
 
 
 def dot_bf16(total: Expr, weights: Expr, activation: Expr) -> Expr:
-    """total (16 float32) + both products of two bfloat16: words of 16 rows and a word. Inside BF16_DOT_LLVM's scope."""
+    """total (16 float32) + both products of two bfloat16: words of 16 rows and a word. Inside `bf16_scope`."""
     return T.call_extern("float32x16", "mlcgen_dot_bf16", total, weights, splat(activation, TILE))
 
 

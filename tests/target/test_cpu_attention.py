@@ -36,6 +36,7 @@ SHAPES = [
     Shape(8, 2, 64, 256, "float16", window=33),
     Shape(10, 2, 256, 32, window=7),
     Shape(12, 1, 80, 48),
+    Shape(9, 3, 64, 16, "float16"),
 ]
 # Sequences as (cached positions, new tokens).
 BATCHES = {
@@ -49,7 +50,9 @@ BATCHES = {
 }
 
 
-def run(kernel: Callable[..., None], shape: Shape, batch: list[tuple[int, int]], seed: int) -> None:
+def run(
+    kernel: Callable[..., None], shape: Shape, batch: list[tuple[int, int]], seed: int, tolerance: float = 3e-6
+) -> None:
     """Pages that no position fills hold NaN, and block table entries that no page fills are out of range."""
     rng = np.random.default_rng(seed)
     kv, size = shape.kv_heads, shape.page_size
@@ -75,15 +78,16 @@ def run(kernel: Callable[..., None], shape: Shape, batch: list[tuple[int, int]],
     starts = np.cumsum([0, *(new for _, new in batch)], dtype=np.int32)
     out = unset(*q.shape)
     kernel(q, pages, block_table, lengths, starts, np.int32(positions), out)
-    assert_close(out, np.stack(expected))
+    assert_close(out, np.stack(expected), tolerance)
 
 
 @every_isa
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_paged_attention(mcpu: str, shape: Shape) -> None:
     kernel = build(mcpu, shape.kernel)
+    rounds = mcpu == "znver4" and shape.kv_dtype != "float32"  # units of bfloat16
     for seed, batch in enumerate(BATCHES.values()):
-        run(kernel, shape, batch, seed)
+        run(kernel, shape, batch, seed, 1e-2 if rounds else 3e-6)
 
 
 def test_a_sequence_without_new_tokens_is_skipped() -> None:
