@@ -112,7 +112,7 @@ def _build(
     lifted, reports, entries = None, {}, []
     for target in targets:
         lifted, lines = _compile_target(mod, plan, options, target, staging, progress, observe)
-        reports[target.name] = {**lines, "fallbacks": [*fallbacks, *lines["fallbacks"]]}
+        reports[target.name] = {**lines, "fallbacks": [*target.fallbacks, *fallbacks, *lines["fallbacks"]]}
         entries.append(_target_entry(target, staging))
     assert lifted is not None
     vm = build_functions(lifted.transform_module, observe)

@@ -53,4 +53,5 @@ class Target:
     tvm: dict[str, Any] = field(compare=False)  # for tvm.target.Target
     features: tuple[str, ...] = ()  # what the machine must have to run the result
     arch: str = "x86_64"
+    fallbacks: tuple[str, ...] = field(default=(), compare=False)  # what this machine has and cannot use, in words
     kernels: Kernels = field(compare=False, kw_only=True)

@@ -9,7 +9,7 @@ from tvm.target import codegen
 
 from mlcgen.errors import TargetError
 from mlcgen.formats import WeightFormat
-from mlcgen.runtime.cpu import host_arch, host_features
+from mlcgen.runtime.cpu import cpu_features, host_arch, host_features
 from mlcgen.targets import cpu_kernels
 from mlcgen.targets.base import Linear, Target
 from mlcgen.targets.cpu_kernels import Isa
@@ -42,13 +42,15 @@ def cpu_target(variant: str = "") -> Target:
     if arch not in _TRIPLES:
         raise TargetError(f"this machine's architecture {arch!r} is not supported; have: {', '.join(_TRIPLES)}")
     known = {f for a, features in VARIANTS.values() if a == arch for f in features}
-    return _target("native", arch, tuple(sorted(host_features() & known)))
+    refused = cpu_features() - host_features()
+    fallbacks = ("cpu: the system refuses this process AMX; compiled without it",) if refused else ()
+    return _target("native", arch, tuple(sorted(host_features() & known)), fallbacks)
 
 
-def _target(variant: str, arch: str, features: tuple[str, ...]) -> Target:
+def _target(variant: str, arch: str, features: tuple[str, ...], fallbacks: tuple[str, ...] = ()) -> Target:
     tvm_target = {"kind": "llvm", "mtriple": _TRIPLES[arch], "mattr": [f"+{f}" for f in features]}
     name = "cpu" if variant == "native" else f"cpu:{variant}"
-    return Target(name, "cpu", "vm", tvm_target, features, arch, kernels=CpuKernels(_isa(tvm_target)))
+    return Target(name, "cpu", "vm", tvm_target, features, arch, fallbacks, kernels=CpuKernels(_isa(tvm_target)))
 
 
 def _isa(tvm_target: dict[str, Any]) -> Isa:

@@ -1,5 +1,6 @@
 """What this machine's CPU can do, read from the CPU itself; no compiler needed."""
 
+import ctypes
 import functools
 import os
 import platform
@@ -32,10 +33,24 @@ def _cpuinfo() -> dict[str, str]:
 
 
 @functools.cache
-def host_features() -> frozenset[str]:
+def cpu_features() -> frozenset[str]:
     """LLVM's names of this CPU's features; empty where the system does not tell."""
     flags = (_cpuinfo().get("flags") or _cpuinfo().get("Features") or "").split()
     return frozenset(_LLVM_NAMES.get(flag, flag) for flag in flags)
+
+
+def host_features() -> frozenset[str]:
+    """Those that this process may use: the tile registers of AMX need the kernel's permission."""
+    return cpu_features() if may_use_amx() else frozenset(f for f in cpu_features() if not f.startswith("amx-"))
+
+
+@functools.cache
+def may_use_amx() -> bool:
+    """Asks Linux for AMX's tile data, once for this process and the threads that it starts later."""
+    if "amx-tile" not in cpu_features():
+        return False
+    system_call, arch_prctl, request_permission, tile_data = ctypes.CDLL(None).syscall, 158, 0x1023, 18
+    return int(system_call(arch_prctl, request_permission, tile_data)) == 0
 
 
 def host_arch() -> str:

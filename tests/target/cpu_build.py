@@ -9,6 +9,7 @@ import pytest
 import tvm
 from tvm.runtime import tensor
 
+from mlcgen.runtime.cpu import may_use_amx
 from mlcgen.targets.cpu_kernels import Isa
 
 AARCH64 = tvm.target.Target({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]})
@@ -18,13 +19,17 @@ X86_LEVELS = {
     "x86-64-v4": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
     "icelake-server": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
     "znver4": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"},
+    "sapphirerapids": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "amx_bf16"},
 }
+HAS_BF16_UNITS = ("znver4", "sapphirerapids")
 MakeKernel = Callable[[Isa], tvm.tirx.PrimFunc]
 
 
 def _missing(level: str) -> set[str]:
     if platform.machine() != "x86_64":
         return {"x86-64"}
+    if level == "sapphirerapids" and not may_use_amx():
+        return {"permission"}
     return X86_LEVELS[level] - set(Path("/proc/cpuinfo").read_text().split())
 
 

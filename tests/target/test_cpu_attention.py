@@ -10,7 +10,7 @@ from tvm import tirx
 
 from mlcgen.targets.cpu_kernels import Isa, paged_attention
 
-from .cpu_build import assert_close, build, compiles_for_aarch64, every_isa, normal, unset
+from .cpu_build import HAS_BF16_UNITS, assert_close, build, compiles_for_aarch64, every_isa, normal, unset
 from .reference import attend, from_storage, to_storage
 
 
@@ -85,7 +85,7 @@ def run(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_paged_attention(mcpu: str, shape: Shape) -> None:
     kernel = build(mcpu, shape.kernel)
-    rounds = mcpu == "znver4" and shape.kv_dtype != "float32"  # units of bfloat16
+    rounds = mcpu in HAS_BF16_UNITS and shape.kv_dtype != "float32"  # units of bfloat16
     for seed, batch in enumerate(BATCHES.values()):
         run(kernel, shape, batch, seed, 1e-2 if rounds else 3e-6)
 
