@@ -71,7 +71,9 @@ class Prefill:
         self.values = _scratch(keys, head_dim)
         self.scores = self.weights = _scratch(rows, keys)
         self.outputs = _scratch(rows, head_dim)
-        self.tops, self.totals, self.shrinks = (_scratch(rows) for _ in range(3))
+        vectors = -(-rows // self.shape.lanes) * self.shape.lanes
+        self.tops, self.totals, self.shrinks, self.sums = (_scratch(vectors) for _ in range(4))
+        self.lasts, self.lowests = _scratch(vectors, "int32"), _scratch(vectors, "int32")
 
     def _token(self, row: Expr) -> Expr:
         return bind(self.start + row // self.shape.group)
@@ -85,6 +87,10 @@ class Prefill:
             store(self.outputs, splat(0.0, lanes), row, v * lanes)
         store(self.tops, T.float32(LOWEST), row)
         store(self.totals, T.float32(0.0), row)
+        last = tirx.min(i64(load(self.segment.positions, token)), self.end - 1)
+        store(self.lasts, T.cast(last, "int32"), row)
+        lowest = tirx.max(self.segment.first_visible(token), self.first)
+        store(self.lowests, T.cast(lowest, "int32"), row)
 
     def _store_row(self, buffer: Buffer, value: Expr, row: Expr, column: Expr) -> None:
         """A part of a row of q or of the weights."""
@@ -99,8 +105,7 @@ class Prefill:
         tiles = ceildiv(self.rows, tile_rows)
         with T.serial(tiles) as tile, T.serial(i64(self.key_block // (2 * lanes))) as pair:
             self._score(bind(tile * tile_rows), bind(pair * (2 * lanes)))
-        with T.serial(self.rows) as row:
-            self._exponentiate(row, first)
+        self._exponentiate(first)
         with T.serial(tiles) as tile:
             with T.serial(i64(self.shape.vectors // 2)) as pair:
                 self._add_values(bind(tile * tile_rows), [bind((pair * 2 + c) * lanes) for c in range(2)])
@@ -142,36 +147,47 @@ class Prefill:
             for c, register in enumerate(registers):
                 store(self.scores, register.get(), row + r, column + c * lanes)
 
-    def _exponentiate(self, row: Expr, first: Expr) -> None:
-        """scores -> weights exp(score - top), 0 for keys that the row's token does not see."""
-        lanes, token = self.shape.lanes, self._token(row)
-        last = bind(tirx.min(i64(load(self.segment.positions, token)), self.end - 1))
-        lowest = bind(tirx.max(self.segment.first_visible(token), self.first))
+    def _exponentiate(self, first: Expr) -> None:
+        """scores -> weights exp(score - top), 0 for keys that the row's token does not see; tops, totals and shrinks.
 
-        def visible(v: Expr) -> Expr:
-            key = T.ramp(T.cast(first + v * lanes, "int32"), T.int32(1), lanes)
-            above = key >= splat(T.cast(lowest, "int32"), lanes)
-            return tirx.And(above, key <= splat(T.cast(last, "int32"), lanes))
+        What is one number per row is computed for a vector of rows at a time.
+        """
+        lanes = self.shape.lanes
+        groups = ceildiv(self.rows, lanes)
+        with T.serial(self.rows) as row:
+            top = Register(splat(LOWEST, lanes))
+            for v in range(self.key_block // lanes):
+                score = load(self.scores, row, v * lanes, lanes=lanes)
+                top.set(tirx.max(top.get(), T.Select(self._visible(row, first, v), score, splat(LOWEST, lanes))))
+            store(self.sums, reduce_max(top.get()), row)
+        with T.serial(groups) as group:
+            old = bind(load(self.tops, group * lanes, lanes=lanes))
+            new = bind(tirx.max(old, load(self.sums, group * lanes, lanes=lanes)))
+            store(self.tops, new, group * lanes)
+            store(self.shrinks, exp(old - new), group * lanes)
+        with T.serial(self.rows) as row:
+            top, total = bind(splat(load(self.tops, row), lanes)), splat(0.0, lanes)
+            for v in range(self.key_block // lanes):
+                weight = exp(load(self.scores, row, v * lanes, lanes=lanes) - top)
+                weight = bind(T.Select(self._visible(row, first, v), weight, splat(0.0, lanes)))
+                self._store_row(self.weights, weight, row, i64(v * lanes))
+                total = bind(total + weight)
+            store(self.sums, reduce_sum(total), row)
+            self._shrink(row)
+        with T.serial(groups) as group:
+            old, shrink = (load(buffer, group * lanes, lanes=lanes) for buffer in (self.totals, self.shrinks))
+            store(self.totals, old * shrink + load(self.sums, group * lanes, lanes=lanes), group * lanes)
 
-        tops = Register(splat(LOWEST, lanes))
-        with T.serial(i64(self.key_block // lanes)) as v:
-            score = load(self.scores, row, v * lanes, lanes=lanes)
-            tops.set(tirx.max(tops.get(), T.Select(visible(v), score, splat(LOWEST, lanes))))
-        top = bind(tirx.max(load(self.tops, row), reduce_max(tops.get())))
-        sums = Register(splat(0.0, lanes))
-        with T.serial(i64(self.key_block // lanes)) as v:
-            weight = exp(load(self.scores, row, v * lanes, lanes=lanes) - splat(top, lanes))
-            weight = bind(T.Select(visible(v), weight, splat(0.0, lanes)))
-            self._store_row(self.weights, weight, row, v * lanes)
-            sums.set(sums.get() + weight)
-        shrink = exp(load(self.tops, row) - top)
-        store(self.totals, load(self.totals, row) * shrink + reduce_sum(sums.get()), row)
-        store(self.tops, top, row)
-        self._shrink(row, shrink)
+    def _visible(self, row: Expr, first: Expr, v: int) -> Expr:
+        lanes = self.shape.lanes
+        key = T.ramp(T.cast(first + v * lanes, "int32"), T.int32(1), lanes)
+        seen = key <= splat(load(self.lasts, row), lanes)
+        if not self.shape.window:  # splits begin at a multiple of the vector length
+            return seen
+        return tirx.And(seen, key >= splat(load(self.lowests, row), lanes))
 
-    def _shrink(self, row: Expr, factor: Expr) -> None:
-        """The row's outputs so far are to be multiplied with the factor: `_add_values` does."""
-        store(self.shrinks, factor, row)
+    def _shrink(self, row: Expr) -> None:
+        """Where `_add_values` does not multiply a row's outputs so far with its factor."""
 
     def _add_values(self, row: Expr, columns: list[Expr]) -> None:
         """outputs[row + r] = outputs[row + r] * shrink + weights[row + r] . values, for a register tile."""
@@ -196,6 +212,7 @@ class Bf16Prefill(Prefill):
     """q, keys, weights and values rounded to bfloat16; sums in float32."""
 
     columns = 2
+    key_block = 128
 
     @staticmethod
     def unit(total: Expr, column: Expr, element: Expr) -> Expr:
@@ -266,8 +283,8 @@ class AmxPrefill(Bf16Prefill):
             lambda i, j: amx.Tile(self.scores, (row + i * amx.ROWS, column + j * amx.ROWS), keys),
         )
 
-    def _shrink(self, row: Expr, factor: Expr) -> None:
-        lanes = self.shape.lanes
+    def _shrink(self, row: Expr) -> None:
+        lanes, factor = self.shape.lanes, bind(load(self.shrinks, row))
         with T.serial(i64(self.shape.vectors)) as v:
             shrunk = load(self.outputs, row, v * lanes, lanes=lanes) * splat(factor, lanes)
             store(self.outputs, shrunk, row, v * lanes)
