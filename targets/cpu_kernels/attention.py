@@ -20,7 +20,7 @@ from .units import bf16_scope
 from .vector import Buffer, Expr, Register, bind, ceildiv, i64, kernel, load, view
 
 SPLIT_UNIT = 64  # keys; a split begins at a multiple of the vector length
-MIN_SPLIT = 128  # keys
+MIN_SPLIT = 64  # keys
 
 
 def paged_attention(
@@ -66,9 +66,8 @@ def paged_attention(
                 with T.serial(seqs) as seq:
                     start = bind(tirx.max(i64(load(query_start, seq)), first_token))
                     end = bind(tirx.min(i64(load(query_start, seq + 1)), first_token + shape.block_tokens))
-                    segment = Segment(
-                        shape, cache, q, positions, output, seq, head, split, split * split_keys, split_keys
-                    )
+                    keys = (split * split_keys, split_keys)
+                    segment = Segment(shape, cache, q, positions, output, seq, head, split, *keys)
                     with T.If(start < end), T.Then():
                         _attend(segment, start, end)
             output.combine()

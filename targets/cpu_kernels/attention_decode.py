@@ -26,6 +26,8 @@ from .vector import (
 )
 
 SCORE_BLOCK = 256  # keys scored at a time
+AHEAD = 32  # keys between the one that is read and the one that is prefetched
+QUAD = 4  # keys whose products with q stay in registers together
 
 
 class Decode:
@@ -66,41 +68,49 @@ class Decode:
         """scores[h, i] = scale * q[h] . key[start + i], LOWEST outside the range; returns the maxima per lane."""
         lanes = self.shape.lanes
         tops = [Register(splat(LOWEST, lanes)) for _ in self.heads]
+        quads = T.alloc_buffer((i64(len(self.heads) * lanes // QUAD), i64(lanes)), "float32")
         with T.serial(ceildiv(stop - start, lanes)) as block:
             first = bind(start + block * lanes)
+            with T.serial(i64(lanes // QUAD)) as quad:
+                self._score_quad(quads, bind(first + quad * QUAD), stop, quad)
             valid = self._valid(first, stop)
-            for cell in self.cache.keys(self.segment.seq, self.segment.head, first + 2 * lanes, self.end):
-                self.cache.prefetch(cell)
-            dots = self._dot_products(self.cache.keys(self.segment.seq, self.segment.head, first, stop))
             for h in self.heads:
-                score = bind(T.Select(valid, dots[h] * splat(self.shape.scale, lanes), splat(LOWEST, lanes)))
+                dots = LaneSums(merged=QUAD)
+                for quad in range(lanes // QUAD):
+                    dots.add(bind(load(quads, h * (lanes // QUAD) + quad, 0, lanes=lanes)))
+                score = bind(T.Select(valid, dots.result() * splat(self.shape.scale, lanes), splat(LOWEST, lanes)))
                 tops[h].set(tirx.max(tops[h].get(), score))
                 store(scores, score, h, block * lanes)
         return tops
+
+    def _score_quad(self, quads: Buffer, first: Expr, stop: Expr, quad: Expr) -> None:
+        """For each head four keys' products with q, partly summed; few enough sums at a time for the registers."""
+        lanes, segment = self.shape.lanes, self.segment
+        for cell in self.cache.keys(segment.seq, segment.head, first + AHEAD, self.end, QUAD):
+            self.cache.prefetch(cell)
+            self.cache.prefetch(cell + self.cache.to_values)
+        cells = self.cache.keys(segment.seq, segment.head, first, stop, QUAD)
+        dots = [[Register(splat(0.0, lanes)) for _ in cells] for _ in self.heads]
+        unroll = largest_divisor(self.shape.vectors, 5)
+        with T.serial(i64(self.shape.vectors // unroll)) as chunk:
+            for v in range(unroll):
+                at = (chunk * unroll + v) * lanes
+                keys = [self.cache.load(cell + at) for cell in cells]
+                for h, registers in enumerate(dots):
+                    query = bind(load(segment.q, self.token, self.first_head + h, at, lanes=lanes))
+                    for dot, key in zip(registers, keys, strict=True):
+                        dot.set(dot.get() + query * key)
+        for h, registers in enumerate(dots):
+            sums = LaneSums()
+            for dot in registers:
+                sums.add(bind(dot.get()))
+            store(quads, sums.result(), h * (lanes // QUAD) + quad, 0)
 
     def _valid(self, first: Expr, stop: Expr) -> Expr:
         lanes = self.shape.lanes
         key = T.ramp(T.cast(first, "int32"), T.int32(1), lanes)
         inside = key < splat(T.cast(stop, "int32"), lanes)
         return tirx.And(inside, key >= splat(T.cast(self.first, "int32"), lanes)) if self.shape.window else inside
-
-    def _dot_products(self, cells: list[Expr]) -> list[Expr]:
-        """For each head a vector whose lane i is q . key i."""
-        lanes = self.shape.lanes
-        unroll = largest_divisor(self.shape.vectors, 5)
-        sums = [LaneSums() for _ in self.heads]
-        for cell in cells:
-            dots = [Register(splat(0.0, lanes)) for _ in self.heads]
-            with T.serial(i64(self.shape.vectors // unroll)) as chunk:
-                for v in range(unroll):
-                    at = (chunk * unroll + v) * lanes
-                    key = self.cache.load(cell + at)
-                    for h, dot in enumerate(dots):
-                        query = load(self.segment.q, self.token, self.first_head + h, at, lanes=lanes)
-                        dot.set(dot.get() + query * key)
-            for lane_sums, dot in zip(sums, dots, strict=True):
-                lane_sums.add(bind(dot.get()))
-        return [lane_sums.result() for lane_sums in sums]
 
     def _exponentiate(
         self, scores: Buffer, h: int, start: Expr, stop: Expr, block_tops: Register, top: Register, total: Register
@@ -156,11 +166,8 @@ class Decode:
         lanes, length = self.shape.lanes, self.cache.run
         first = bind(start + run * length)
         cell = bind(self.cache.key(self.segment.seq, self.segment.head, first) + self.cache.to_values)
-        ahead = bind(tirx.min(first + 4 * length, (self.end - 1) // length * length))
-        cell_ahead = bind(self.cache.key(self.segment.seq, self.segment.head, ahead) + self.cache.to_values)
         skip = bind(tirx.max(self.first - first, i64(0)))
         with T.serial(skip, tirx.max(tirx.min(stop - first, i64(length)), skip)) as i:
-            self.cache.prefetch(cell_ahead + i * self.shape.head_dim)
             weight = [bind(splat(load(weights, h, run * length + i), lanes)) for h in self.heads]
             for column, registers in sums:
                 value = self.cache.load(cell + i * self.shape.head_dim + column)

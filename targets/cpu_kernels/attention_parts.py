@@ -15,6 +15,7 @@ from .vector import Buffer, Expr, Register, bind, exp, i64, largest_divisor, loa
 
 LANES = 16  # where a vector need not be as long as the machine's
 LOWEST = -1e30  # a score that no key has; finite, because TVM compiles with fast-math flags
+FEW_PARTS = 64  # combining fewer costs less than waking the threads
 MIN_TASKS = 64  # with fewer tasks, split the keys
 
 
@@ -89,13 +90,12 @@ class Cache:
         row = (page * (2 * self.num_kv_heads) + head) * self.page_size + position % self.page_size
         return bind(row * self.head_dim)
 
-    def keys(self, seq: Expr, head: Expr, first: Expr, end: Expr) -> list[Expr]:
-        """Cells of `lanes` keys from `first` (a multiple of lanes); runs past `end` repeat the last one before it."""
-        last_run = (end - 1) // self.run * self.run
-        starts = [
-            self.key(seq, head, tirx.min(first + offset, last_run)) for offset in range(0, self.isa.lanes, self.run)
-        ]
-        return [starts[i // self.run] + i % self.run * self.head_dim for i in range(self.isa.lanes)]
+    def keys(self, seq: Expr, head: Expr, first: Expr, end: Expr, count: int) -> list[Expr]:
+        """Cells of `count` keys from `first`, a multiple of it; runs past `end` repeat the last one before it."""
+        run = gcd(self.run, count)
+        last_run = (end - 1) // run * run
+        starts = [self.key(seq, head, tirx.min(first + offset, last_run)) for offset in range(0, count, run)]
+        return [starts[i // run] + i % run * self.head_dim for i in range(count)]
 
     def prefetch(self, cell: Expr) -> None:
         """Ask for a whole key or value: hardware prefetching does not find the next page."""
@@ -137,8 +137,11 @@ class Output:
             store(buffer, row(v * LANES, lanes=LANES) * splat(factor, LANES), *index, v * LANES)
 
     def combine(self) -> None:
-        with T.If(self.num_splits > 1), T.Then(), T.parallel(self.rows) as row:
-            self._combine_row(row)
+        with T.If(self.num_splits > 1), T.Then(), T.If(self.rows * self.num_splits <= FEW_PARTS):
+            with T.Then(), T.serial(self.rows) as row:
+                self._combine_row(row)
+            with T.Else(), T.parallel(self.rows) as row:
+                self._combine_row(row)
 
     def _combine_row(self, row: Expr) -> None:
         top, total = Register(T.float32(LOWEST)), Register(T.float32(0.0))

@@ -115,7 +115,7 @@ class Prefill:
     def _stage_keys(self, first: Expr, at: Expr) -> None:
         """keys[d, at + i] = key first + at + i; what lies past the end is masked later."""
         lanes = self.shape.lanes
-        cells = self.cache.keys(self.segment.seq, self.segment.head, first + at, self.end)
+        cells = self.cache.keys(self.segment.seq, self.segment.head, first + at, self.end, lanes)
         with T.serial(i64(self.shape.vectors)) as v:
             for d, row in enumerate(transpose([self.cache.load(cell + v * lanes) for cell in cells])):
                 store(self.keys, row, v * lanes + d, at)
@@ -234,7 +234,7 @@ class Bf16Prefill(Prefill):
     def _stage_keys(self, first: Expr, at: Expr) -> None:
         """keys[w, at + i] = word w of key first + at + i."""
         lanes = self.shape.lanes
-        cells = self.cache.keys(self.segment.seq, self.segment.head, first + at, self.end)
+        cells = self.cache.keys(self.segment.seq, self.segment.head, first + at, self.end, lanes)
         with T.serial(i64(self.shape.head_dim // (2 * lanes))) as v:
             for d, row in enumerate(transpose([self._words(cell + v * (2 * lanes)) for cell in cells])):
                 store(self.keys, row, v * lanes + d, at)
@@ -253,7 +253,7 @@ class Bf16Prefill(Prefill):
         lanes = self.shape.lanes
         with T.serial(i64(self.key_block // lanes)) as group:
             at = bind(group * lanes)
-            cells = self.cache.keys(self.segment.seq, self.segment.head, first + at, self.end)
+            cells = self.cache.keys(self.segment.seq, self.segment.head, first + at, self.end, lanes)
             exists = [bind(first + at + i < self.end) for i in range(lanes)]
             with T.serial(i64(self.shape.vectors)) as v:
 

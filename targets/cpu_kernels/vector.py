@@ -162,12 +162,14 @@ class LaneSums:
     128-bit blocks, the others add neighbouring blocks: all are one-instruction shuffles on x86.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, merged: int = 1) -> None:
+        """merged: of how many (1 or 4) vectors each added one is already the result."""
         self.pending: list[Expr] = []
         self.count = 0
+        self.first_level = 0 if merged == 1 else 2
 
     def add(self, vector: Expr) -> None:
-        count, level = self.count, 0
+        count, level = self.count, self.first_level
         while count & 1:
             vector = _add_neighbours(self.pending.pop(), vector, lanes_of(vector), 1 if level < 2 else 4)
             count, level = count >> 1, level + 1
