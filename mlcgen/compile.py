@@ -63,8 +63,9 @@ def compile(
 ) -> Path:
     """Compile `model` (an HF directory, a .gguf file, a hub id or a model package's name) into an artifact directory.
 
-    targets: such as "cpu", "cpu:x86-64-v3". quantization: f32, f16, bf16, q8, q4 gguf, or with 8-bit activations q8a8, q4a8, ggufa8. context_length: tokens of
-    the longest sequence, at most and by default the model's. max_batch: sequences in one step. kv_dtype: float32,
+    targets: such as "cpu", "cpu:x86-64-v3". quantization: f32, f16, bf16, q8, q4 or gguf; q8a8, q4a8 and ggufa8 round
+    activations to 8 bits too. context_length: tokens of the longest sequence, at most and by default the model's.
+    max_batch: sequences in one step. kv_dtype: float32,
     float16, bfloat16 or auto (float32 for f32, else float16). page_size: tokens per KV page, 1 to 256. dump_ir: a
     directory for the module after each pass. random_weights: needs the config alone. progress: called with
     (stage, done, total); log: with a line per pass. Returns the artifact's path.
