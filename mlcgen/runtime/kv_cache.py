@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 
 from mlcgen.runtime.executor import Int32
 
-__all__ = ["BlockTable", "PagePool", "num_pages_for", "slot_mapping"]
+__all__ = ["BlockTable", "PagePool", "num_pages_for"]
 
 
 def num_pages_for(num_tokens: int, page_size: int) -> int:
@@ -88,6 +87,10 @@ class BlockTable:
         self._length = 0
         return pages
 
+    def slots(self, positions: range, page_size: int) -> list[int]:
+        """page * page_size + offset of each position."""
+        return [int(self._entries[at // page_size]) * page_size + at % page_size for at in positions]
+
     @staticmethod
     def stack(tables: "list[BlockTable]") -> Int32:
         """(seqs, max_blocks) int32, unused entries 0."""
@@ -95,10 +98,3 @@ class BlockTable:
         for row, table in zip(stacked, tables, strict=True):
             row[: table._length] = table._entries[: table._length]
         return stacked
-
-
-def slot_mapping(block_table: Int32, owner: npt.NDArray[np.intp], positions: Int32, page_size: int) -> Int32:
-    """(tokens,) int32: page * page_size + offset of each token, given its `block_table` row and position."""
-    block, offset = np.divmod(positions, np.int32(page_size))
-    slots: Int32 = block_table[owner, block] * np.int32(page_size) + offset
-    return slots

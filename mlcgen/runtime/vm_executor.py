@@ -93,6 +93,7 @@ class VmExecutor:
         self._pages = [self._tensor(page) for page in pages]
         self._weights = [self._tensor(weights[name]) for name in manifest["entry"]["weights"]]
         self._inputs: list[str] = list(manifest["entry"]["inputs"])
+        self._staged: dict[str, tuple[npt.NDArray[Any], Any]] = {}
 
     def step(self, batch: StepInput) -> Float32:
         """See Executor.step."""
@@ -100,10 +101,20 @@ class VmExecutor:
             raise RequestError(f"{len(batch.input_ids)} tokens in one step, {self.max_tokens_per_step} were compiled")
         wanted = len(batch.logit_rows)
         rows = batch.logit_rows if wanted else np.zeros(1, np.int32)  # the output matrix takes at least one row
-        arrays = [rows if name == "logit_rows" else getattr(batch, name) for name in self._inputs]
-        logits = self._forward(*(self._tensor(_aligned(a)) for a in arrays), *self._pages, *self._weights)
+        inputs = [self._stage(name, rows if name == "logit_rows" else getattr(batch, name)) for name in self._inputs]
+        logits = self._forward(*inputs, *self._pages, *self._weights)
         result: Float32 = np.from_dlpack(logits)[:wanted]  # type: ignore[assignment]
         return result
+
+    def _stage(self, name: str, array: npt.NDArray[Any]) -> Any:
+        """The tensor of an input. While its shape stays the same, as when decoding, memory and tensor are kept."""
+        held, tensor = self._staged.get(name, (None, None))
+        if held is None or held.shape != array.shape:
+            held = _aligned_empty(array)
+            tensor = self._tensor(held)
+            self._staged[name] = held, tensor
+        held[...] = array
+        return tensor
 
 
 def _zero_pages(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
@@ -112,10 +123,8 @@ def _zero_pages(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
     return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)
 
 
-def _aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A copy that starts at a multiple of 64 bytes, as generated code expects."""
-    raw = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+def _aligned_empty(like: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """An array of that shape and type at a multiple of 64 bytes, as generated code expects."""
+    raw = np.empty(like.nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
-    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
+    return raw[start : start + like.nbytes].view(like.dtype).reshape(like.shape)

@@ -12,7 +12,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T  # noqa: N812
 
 from .attention_decode import Decode
-from .attention_parts import MIN_TASKS, Cache, Output, Segment, Shape
+from .attention_parts import MIN_TASKS, Cache, Following, Output, Segment, Shape
 from .attention_prefill import prefill_for
 from .isa import Isa
 from .rope import STORAGE
@@ -66,8 +66,9 @@ def paged_attention(
                 with T.serial(seqs) as seq:
                     start = bind(tirx.max(i64(load(query_start, seq)), first_token))
                     end = bind(tirx.min(i64(load(query_start, seq + 1)), first_token + shape.block_tokens))
-                    keys = (split * split_keys, split_keys)
-                    segment = Segment(shape, cache, q, positions, output, seq, head, split, *keys)
+                    keys = (bind(split * split_keys), split_keys)
+                    following = _following(seq, seq_lens, head, num_kv_heads, *keys)
+                    segment = Segment(shape, cache, q, positions, output, seq, head, split, *keys, following)
                     with T.If(start < end), T.Then():
                         _attend(segment, start, end)
             output.combine()
@@ -87,6 +88,16 @@ def _splits(tasks: Expr, seqs: Expr, seq_lens: Buffer) -> tuple[Expr, Expr]:
     # A whole number of key blocks: a split begins at a multiple of the vector length.
     keys = bind(tirx.max(ceildiv(keys, SPLIT_UNIT) * SPLIT_UNIT, i64(MIN_SPLIT)))
     return bind((longest.get() + keys - 1) // keys), keys
+
+
+def _following(
+    seq: Expr, seq_lens: Buffer, head: Expr, num_kv_heads: int, first_key: Expr, num_keys: Expr
+) -> Following:
+    """The order of tasks where one block holds all tokens: sequences, then kv heads, then splits."""
+    next_seq, next_head = bind((seq + 1) % seq_lens.ty.shape[0]), bind((head + 1) % num_kv_heads)
+    first = T.Select(tirx.And(next_seq == 0, next_head == 0), first_key + num_keys, first_key)
+    next_head = T.Select(next_seq == 0, next_head, head)
+    return Following(next_seq, bind(next_head), bind(first), bind(i64(load(seq_lens, next_seq))))
 
 
 def _alternate(i: Expr, count: Expr) -> Expr:

@@ -86,9 +86,8 @@ class Decode:
     def _score_quad(self, quads: Buffer, first: Expr, stop: Expr, quad: Expr) -> None:
         """For each head four keys' products with q, partly summed; few enough sums at a time for the registers."""
         lanes, segment = self.shape.lanes, self.segment
-        for cell in self.cache.keys(segment.seq, segment.head, first + AHEAD, self.end, QUAD):
+        for cell in self._cells_ahead(first, QUAD):
             self.cache.prefetch(cell)
-            self.cache.prefetch(cell + self.cache.to_values)
         cells = self.cache.keys(segment.seq, segment.head, first, stop, QUAD)
         dots = [[Register(splat(0.0, lanes)) for _ in cells] for _ in self.heads]
         unroll = largest_divisor(self.shape.vectors, 5)
@@ -105,6 +104,18 @@ class Decode:
             for dot in registers:
                 sums.add(bind(dot.get()))
             store(quads, sums.result(), h * (lanes // QUAD) + quad, 0)
+
+    def _cells_ahead(self, position: Expr, count: int) -> list[Expr]:
+        """Cells of the `count` keys that come AHEAD keys after `position`, in the following segment after this one."""
+        segment, following = self.segment, self.segment.following
+        ahead = bind(position + AHEAD)
+        inside = ahead < self.end
+        beyond = following.first_key + (ahead - self.end) // count * count
+        key = bind(T.Select(inside, ahead, tirx.max(beyond, i64(0))))
+        seq = bind(T.Select(inside, segment.seq, following.seq))
+        head = bind(T.Select(inside, segment.head, following.head))
+        end = bind(T.Select(inside, self.end, following.end))
+        return self.cache.keys(seq, head, key, end, count)
 
     def _valid(self, first: Expr, stop: Expr) -> Expr:
         lanes = self.shape.lanes
@@ -166,8 +177,10 @@ class Decode:
         lanes, length = self.shape.lanes, self.cache.run
         first = bind(start + run * length)
         cell = bind(self.cache.key(self.segment.seq, self.segment.head, first) + self.cache.to_values)
+        ahead = bind(self._cells_ahead(first, length)[0] + self.cache.to_values)
         skip = bind(tirx.max(self.first - first, i64(0)))
         with T.serial(skip, tirx.max(tirx.min(stop - first, i64(length)), skip)) as i:
+            self.cache.prefetch(ahead + i * self.shape.head_dim)
             weight = [bind(splat(load(weights, h, run * length + i), lanes)) for h in self.heads]
             for column, registers in sums:
                 value = self.cache.load(cell + i * self.shape.head_dim + column)

@@ -163,6 +163,16 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Following:
+    """What a thread most likely attends to next; only prefetching relies on it."""
+
+    seq: Expr
+    head: Expr
+    first_key: Expr
+    end: Expr  # of the sequence
+
+
+@dataclass(frozen=True)
 class Segment:
     """Tokens of one sequence, one kv head, one split of the keys."""
 
@@ -176,6 +186,7 @@ class Segment:
     split: Expr
     first_key: Expr  # of the split
     num_keys: Expr
+    following: Following
 
     def key_range(self, first_token: Expr, last_token: Expr) -> tuple[Expr, Expr]:
         """[first, end) of the split's keys that these tokens see."""

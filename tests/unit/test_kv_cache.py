@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mlcgen.runtime.kv_cache import BlockTable, PagePool, num_pages_for, slot_mapping
+from mlcgen.runtime.kv_cache import BlockTable, PagePool, num_pages_for
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -97,12 +97,10 @@ def test_stack_pads_with_zeros() -> None:
     assert stacked.tolist() == [[5, 0, 0], [3, 1, 2]]
 
 
-@given(st.integers(1, 256), st.integers(1, 600), st.randoms(use_true_random=False))
-def test_slot_mapping_follows_the_table(page_size: int, num_tokens: int, random) -> None:  # type: ignore[no-untyped-def]
-    pages = random.sample(range(1000), num_pages_for(num_tokens, page_size))
+@given(st.integers(1, 256), st.integers(0, 600), st.integers(1, 600), st.randoms(use_true_random=False))
+def test_slots_follow_the_table(page_size: int, start: int, count: int, random) -> None:  # type: ignore[no-untyped-def]
+    pages = random.sample(range(2000), num_pages_for(start + count, page_size))
     table = BlockTable()
     table.extend(pages)
-    positions = np.arange(num_tokens, dtype=np.int32)
-    slots = slot_mapping(BlockTable.stack([table]), np.zeros(num_tokens, np.int64), positions, page_size)
-    assert slots.dtype == np.int32
-    assert slots.tolist() == [pages[p // page_size] * page_size + p % page_size for p in range(num_tokens)]
+    span = range(start, start + count)
+    assert table.slots(span, page_size) == [pages[p // page_size] * page_size + p % page_size for p in span]
