@@ -1,6 +1,6 @@
-"""Products of few rows: weights are decoded in registers, a tile of 16 output rows at a time, for up to 4 rows of x."""
+"""Products of few rows: weights are decoded in registers, a tile of 16 output rows at a time, for 4 or 8 rows of x."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
 
@@ -10,9 +10,9 @@ from ...formats import TILE, WeightFormat
 from ..base import Linear
 from .activation import Rows
 from .isa import Isa
-from .operand import FloatRows, Int8Rows, field_rows, float_rows, int8_rows
+from .operand import FloatRows, Int8Rows, PairRows, field_rows, float_rows, int8_rows, pair_rows
 from .output import Output
-from .units import Int8Dot
+from .units import Int8Dot, dot_bf16
 from .vector import Expr, Register, bind, i64, load, splat
 from .weights import Weights
 
@@ -20,35 +20,50 @@ Times = Callable[[list[Expr], Expr], list[Expr]]  # (rows, tile) -> their produc
 
 
 def few_rows_product(spec: Linear, isa: Isa, n: Expr, rows: Rows, weights: Weights, output: Output) -> None:
-    times = _prepare(spec.fmt, isa, n, rows, weights, spec.in_features)
+    fmt, width = spec.fmt, spec.in_features
+    if fmt.int8_activations:
+        dot = Int8Dot(isa, fmt)
+        x8 = int8_rows(rows, n, width, fmt, dot)
+        _product(n, (4, 2, 1), output, lambda block, tile: _int8_rows_times_tile(isa, dot, x8, weights, block, tile))
+    elif not fmt.is_grouped:
+        x = float_rows(rows, n, width)
+        _product(n, (4, 2, 1), output, lambda block, tile: _float_rows_times_tile(isa, x, weights, block, tile))
+    elif not isa.has_bf16_dot:
+        fields = field_rows(rows, n, width, fmt)
+        _product(n, (4, 2, 1), output, lambda block, tile: _fields_times_tile(isa, fields, weights, block, tile))
+    else:
+        with T.If(n == 1):
+            with T.Then():  # bound by memory: there is time for all of float32's digits
+                fields = field_rows(rows, n, width, fmt)
+                _product(n, (1,), output, lambda block, tile: _fields_times_tile(isa, fields, weights, block, tile))
+            with T.Else():
+                x16 = pair_rows(rows, n, width, fmt, isa)
+                _product(n, (8, 4, 2, 1), output, lambda block, tile: _pairs_times_tile(isa, x16, weights, block, tile))
+
+
+def _product(n: Expr, heights: Sequence[int], output: Output, times: Times) -> None:
+    """Blocks of as many rows as the first of `heights`, powers of two; what is left in one of each lower height."""
 
     def store_rows(block: list[Expr], tile: Expr) -> None:
         for row, total in zip(block, times(block, tile), strict=True):
             output.store(output.finish(total, row, tile), row, tile)
 
     with T.parallel(i64(output.tiles)) as tile:
-        with T.serial(n // 4) as four:  # a tile of W stays in L1 from one block of rows to the next
-            store_rows([four * 4 + r for r in range(4)], tile)
-        for count in (2, 1):
+        height, *lower = heights
+        with T.serial(n // height) as block:  # a tile of W stays in L1 from one block of rows to the next
+            store_rows([block * height + r for r in range(height)], tile)
+        for count in lower:
             with T.If(n % (2 * count) >= count), T.Then():
                 first = bind(n - n % (2 * count))
                 store_rows([first + r for r in range(count)], tile)
 
 
 def few_rows_unit(fmt: WeightFormat, isa: Isa) -> str:
-    return f"int8 {Int8Dot(isa, fmt).name}" if fmt.int8_activations else "float32 multiply-add"
-
-
-def _prepare(fmt: WeightFormat, isa: Isa, n: Expr, rows: Rows, weights: Weights, width: int) -> Times:
     if fmt.int8_activations:
-        dot = Int8Dot(isa, fmt)
-        x8 = int8_rows(rows, n, width, fmt, dot)
-        return lambda block, tile: _int8_rows_times_tile(isa, dot, x8, weights, block, tile)
-    if fmt.is_grouped:
-        x = field_rows(rows, n, width, fmt)
-        return lambda block, tile: _grouped_rows_times_tile(isa, x, weights, block, tile)
-    x = float_rows(rows, n, width)
-    return lambda block, tile: _float_rows_times_tile(isa, x, weights, block, tile)
+        return f"int8 {Int8Dot(isa, fmt).name}"
+    if fmt.is_grouped and isa.has_bf16_dot:
+        return "float32 multiply-add; 2 rows or more: bfloat16 dot product"
+    return "float32 multiply-add"
 
 
 def _int8_rows_times_tile(
@@ -81,7 +96,7 @@ def add_group(
     return total if minimum is None else total + minimum * splat(load(x.sums, row, group), TILE)
 
 
-def _grouped_rows_times_tile(isa: Isa, x: FloatRows, weights: Weights, rows: list[Expr], tile: Expr) -> list[Expr]:
+def _fields_times_tile(isa: Isa, x: FloatRows, weights: Weights, rows: list[Expr], tile: Expr) -> list[Expr]:
     """Per group: the sum of code * x less the zero point's part, then one multiplication by the scale."""
     fmt, width = weights.fmt, int(x.values.ty.shape[1])
     totals = [Register(splat(0.0, TILE)) for _ in rows]
@@ -98,6 +113,26 @@ def _grouped_rows_times_tile(isa: Isa, x: FloatRows, weights: Weights, rows: lis
             total.set(total.get() + scale * centered)
             if minimum is not None:
                 total.set(total.get() + minimum * splat(x_sum, TILE))
+    return [total.get() for total in totals]
+
+
+def _pairs_times_tile(isa: Isa, x: PairRows, weights: Weights, rows: list[Expr], tile: Expr) -> list[Expr]:
+    """Per group: the sum of (code - zero point) * x, both bfloat16, then one multiplication by the scale."""
+    fmt = weights.fmt
+    words = fmt.group // 2
+    totals = [Register(splat(0.0, TILE)) for _ in rows]
+    with T.serial(i64(int(x.words.ty.shape[1]) // words)) as group:
+        sums = [[splat(0.0, TILE) for _ in range(_chains(rows))] for _ in rows]
+        for i, codes in enumerate(weights.group_pairs(tile, group)):
+            for row, chains in zip(rows, sums, strict=True):
+                chain = i % len(chains)
+                chains[chain] = bind(dot_bf16(chains[chain], codes, load(x.words, row, group * words + i)))
+        scale = weights.group_scale(isa, tile, group)
+        minimum = weights.group_minimum(isa, tile, group) if fmt.has_minimum else None
+        for row, total, chains in zip(rows, totals, sums, strict=True):
+            total.set(total.get() + scale * reduce(add, chains))
+            if minimum is not None:
+                total.set(total.get() + minimum * splat(load(x.sums, row, group), TILE))
     return [total.get() for total in totals]
 
 

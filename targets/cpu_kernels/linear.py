@@ -15,6 +15,7 @@ from .gemv import few_rows_product, few_rows_unit
 from .isa import Isa
 from .output import Output
 from .panel import panel_for
+from .units import bf16_scope
 from .vector import Buffer, kernel
 from .weights import open_weights, weight_args
 
@@ -35,7 +36,7 @@ def linear(spec: Linear, isa: Isa) -> tirx.PrimFunc:
         weights = open_weights(spec.fmt, stored)
         output = Output(out, bias, residual, spec.out_features)
         rows = _rows(spec, x, norm_weight)
-        with many_rows.scope(), T.If(n < many_rows.fewest_rows):
+        with bf16_scope(isa.has_bf16_dot), T.If(n < many_rows.fewest_rows):
             with T.Then():
                 few_rows_product(spec, isa, n, rows, weights, output)
             with T.Else():

@@ -20,12 +20,13 @@ from .vector import (
     reduce_max,
     reduce_sum,
     round_to_int32,
+    shuffle,
     splat,
     store,
     store_f32,
     view,
 )
-from .weights import field_scales
+from .weights import field_scales, pair_order
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,14 @@ class FloatRows:
 
     values: Buffer  # (rows, K) float32
     sums: Buffer | None  # (rows, K / group) float32; None for float formats, whose values are x itself
+
+
+@dataclass(frozen=True)
+class PairRows:
+    """Few rows against a grouped format, in bfloat16."""
+
+    words: Buffer  # (rows, K / 2) uint32: two bfloat16 each, in the order of `Weights.group_pairs`
+    sums: Buffer | None  # (rows, K / group) float32: the sum of x over each group, for formats with a minimum
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,26 @@ def field_rows(rows: Rows, n: Expr, width: int, fmt: WeightFormat) -> FloatRows:
 
     parallel_for(n, write)
     return FloatRows(values, sums)
+
+
+def pair_rows(rows: Rows, n: Expr, width: int, fmt: WeightFormat, isa: Isa) -> PairRows:
+    """For `Weights.group_pairs`."""
+    values = _scratch(n, width, "uint16")
+    sums = _scratch(n, width // fmt.group, "float32") if fmt.has_minimum else None
+
+    def write(t: Expr) -> None:
+        row = rows(t)
+        with T.serial(i64(width // fmt.group)) as group:
+            total = splat(0.0, TILE)
+            for at in range(0, fmt.group, TILE):
+                x = bind(row(group * fmt.group + at, TILE))
+                store_f32(isa, values, shuffle([x], pair_order(fmt)), t, group * fmt.group + at)
+                total = total + x
+            if sums is not None:
+                store(sums, reduce_sum(bind(total)), t, group)
+
+    parallel_for(n, write)
+    return PairRows(view(values, (n, width // 2), "uint32"), sums)
 
 
 def bf16_rows(rows: Rows, n: Expr, width: int, isa: Isa) -> Buffer:

@@ -4,7 +4,6 @@ Tasks run panel by panel within a block of rows, so that a thread finds its rows
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -21,7 +20,7 @@ from .gemv import add_group
 from .isa import Isa
 from .operand import amx_rows, bf16_rows, float_rows, int8_rows
 from .output import Output
-from .units import Int8Dot, bf16_scope, dot_bf16, multiply_add
+from .units import Int8Dot, dot_bf16, multiply_add
 from .vector import Buffer, Expr, Register, bf16_words, bind, ceildiv, i64, load, splat, store
 from .weights import Weights
 
@@ -39,10 +38,6 @@ class Panel:
     name: ClassVar[str]
     columns: ClassVar[int]
     fewest_rows: ClassVar[int]  # below this, decoding each weight once for 4 rows costs less than writing a panel
-
-    def scope(self) -> AbstractContextManager[Any]:
-        """What the function's body must stand in."""
-        return nullcontext()
 
     def product(self, n: Expr, rows: Rows, weights: Weights, output: Output) -> None:
         x = self._prepare(n, rows)
@@ -173,10 +168,7 @@ class Float32Panel(Panel):
 class Bf16Panel(Panel):
     """Weights and activations rounded to bfloat16, sums in float32 (AVX512-BF16)."""
 
-    name, columns, fewest_rows = "bfloat16 dot product", 2, 8
-
-    def scope(self) -> AbstractContextManager[Any]:
-        return bf16_scope()
+    name, columns, fewest_rows = "bfloat16 dot product", 2, 100
 
     def _prepare(self, n: Expr, rows: Rows) -> Buffer:
         return bf16_rows(rows, n, self.spec.in_features, self.isa)
