@@ -16,6 +16,7 @@ from mlcgen.passes.plain_attention import plain_attention
 from mlcgen.passes.quantize import WeightSource, quantize
 from mlcgen.passes.schedule import schedule
 from mlcgen.passes.select_logit_rows import select_logit_rows
+from mlcgen.passes.share_tensors import share_tensors
 from mlcgen.targets.base import Target
 
 Pass = Callable[[IRModule], IRModule]
@@ -80,6 +81,7 @@ def lowering_pipeline(bounds: Mapping[str, int] | None = None) -> list[NamedPass
         ("call_tir_rewrite", transform.CallTIRRewrite()),
         ("bound_dimensions", bound_dimensions),
         ("plan_memory", transform.StaticPlanBlockMemory()),
+        ("share_tensors", share_tensors),
         ("lower_alloc_tensor", transform.LowerAllocTensor()),
         ("kill_after_last_use", transform.KillAfterLastUse()),
         ("lower_runtime_builtin", transform.LowerRuntimeBuiltin()),

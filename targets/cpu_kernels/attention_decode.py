@@ -25,8 +25,8 @@ from .vector import (
     store,
 )
 
-SCORE_BLOCK = 256  # keys scored at a time
-AHEAD = 32  # keys between the one that is read and the one that is prefetched
+SCORE_BLOCK = 64  # keys scored at a time
+AHEAD = 64  # keys between the one that is read and the one that is prefetched
 QUAD = 4  # keys whose products with q stay in registers together
 
 

@@ -1,6 +1,7 @@
 """Attention of many query rows: keys (transposed) and values of a block are staged in cache, and two register-tiled
 products compute scores and outputs for all rows, with the unit that suits the cache's precision."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
@@ -36,6 +37,8 @@ class Prefill:
     """Several tokens of a sequence; row r is token start + r // group, query head r % group of the kv head.
 
     In float32. A word of q and of the weights holds `columns` neighbours, one of keys and values as many rows.
+    Rows are taken one register tile after the other, so that a tile's scores stay in L1. Rows of the last tile that do
+    not exist hold anything and are never read.
     """
 
     key_block: ClassVar[int] = 64  # keys staged at a time
@@ -53,64 +56,85 @@ class Prefill:
 
     def attend(self) -> None:
         self._allocate()
-        with T.serial(self.rows) as row:
-            self._start_row(row)
+        self._for_each_row(self._start_row)
         with T.If(self.first < self.end), T.Then():
             aligned = bind(self.first // self.shape.lanes * self.shape.lanes)
             with T.serial(ceildiv(self.end - aligned, self.key_block)) as block:
                 self._attend_to(bind(aligned + block * self.key_block))
-        with T.serial(self.rows) as row:
-            token, head = self._token(row), bind(self.segment.query_head(row % self.shape.group))
-            top, total = bind(load(self.tops, row)), bind(load(self.totals, row))
-            self.segment.output.write(self.segment.split, token, head, top, total, partial(load, self.outputs, row))
+        self._for_each_row(self._write_row)
 
     def _allocate(self) -> None:
-        rows, head_dim, keys = self.shape.block_rows, self.shape.head_dim, self.key_block
-        self.q = _scratch(rows, head_dim)
+        tile_rows, head_dim, keys = self.shape.tile_rows, self.shape.head_dim, self.key_block
+        self.q = _scratch(self.shape.block_rows, head_dim)
         self.keys = _scratch(head_dim, keys)
         self.values = _scratch(keys, head_dim)
-        self.scores = self.weights = _scratch(rows, keys)
-        self.outputs = _scratch(rows, head_dim)
-        vectors = -(-rows // self.shape.lanes) * self.shape.lanes
-        self.tops, self.totals, self.shrinks, self.sums = (_scratch(vectors) for _ in range(4))
-        self.lasts, self.lowests = _scratch(vectors, "int32"), _scratch(vectors, "int32")
+        self.scores = self.weights = _scratch(tile_rows, keys)  # of one tile
+        self.outputs = _scratch(self.shape.block_rows, head_dim)
+        # One number a row, in whole vectors for each tile.
+        tiles, vectors = self.shape.block_rows // tile_rows, -(-tile_rows // self.shape.lanes) * self.shape.lanes
+        self.tops, self.totals, self.shrinks, self.sums = (_scratch(tiles, vectors) for _ in range(4))
+        self.lasts, self.lowests = _scratch(tiles, vectors, "int32"), _scratch(tiles, vectors, "int32")
 
-    def _token(self, row: Expr) -> Expr:
-        return bind(self.start + row // self.shape.group)
+    def _for_each_row(self, body: Callable[[Expr, Expr], None]) -> None:
+        """body(tile, row within the tile)."""
+        with T.serial(self._num_tiles()) as tile, T.serial(self._rows_of(tile)) as r:
+            body(tile, r)
 
-    def _start_row(self, row: Expr) -> None:
-        lanes, token = self.shape.lanes, self._token(row)
-        head = bind(self.segment.query_head(row % self.shape.group))
+    def _num_tiles(self) -> Expr:
+        return bind(ceildiv(self.rows, self.shape.tile_rows))
+
+    def _rows_of(self, tile: Expr) -> Expr:
+        return bind(tirx.min(self.rows - tile * self.shape.tile_rows, i64(self.shape.tile_rows)))
+
+    def _row(self, tile: Expr, r: Expr) -> tuple[Expr, Expr, Expr]:
+        """(row, its token, its query head)."""
+        row = bind(tile * self.shape.tile_rows + r)
+        return row, bind(self.start + row // self.shape.group), bind(self.segment.query_head(row % self.shape.group))
+
+    def _start_row(self, tile: Expr, r: Expr) -> None:
+        lanes = self.shape.lanes
+        row, token, head = self._row(tile, r)
         with T.serial(i64(self.shape.vectors)) as v:
             query = load(self.segment.q, token, head, v * lanes, lanes=lanes)
             self._store_row(self.q, query * splat(self.shape.scale, lanes), row, v * lanes)
             store(self.outputs, splat(0.0, lanes), row, v * lanes)
-        store(self.tops, T.float32(LOWEST), row)
-        store(self.totals, T.float32(0.0), row)
+        store(self.tops, T.float32(LOWEST), tile, r)
+        store(self.totals, T.float32(0.0), tile, r)
         last = tirx.min(i64(load(self.segment.positions, token)), self.end - 1)
-        store(self.lasts, T.cast(last, "int32"), row)
+        store(self.lasts, T.cast(last, "int32"), tile, r)
         lowest = tirx.max(self.segment.first_visible(token), self.first)
-        store(self.lowests, T.cast(lowest, "int32"), row)
+        store(self.lowests, T.cast(lowest, "int32"), tile, r)
+
+    def _write_row(self, tile: Expr, r: Expr) -> None:
+        row, token, head = self._row(tile, r)
+        top, total = bind(load(self.tops, tile, r)), bind(load(self.totals, tile, r))
+        self.segment.output.write(self.segment.split, token, head, top, total, partial(load, self.outputs, row))
 
     def _store_row(self, buffer: Buffer, value: Expr, row: Expr, column: Expr) -> None:
         """A part of a row of q or of the weights."""
         store(buffer, value, row, column)
 
     def _attend_to(self, first: Expr) -> None:
-        """One block of keys. Rows of the last register tile that do not exist hold anything and are never read."""
-        lanes, tile_rows = self.shape.lanes, self.shape.tile_rows
+        """One block of keys."""
+        lanes, head_dim = self.shape.lanes, self.shape.head_dim
         with T.serial(i64(self.key_block // lanes)) as group:
             self._stage_keys(first, bind(group * lanes))
         self._stage_values(first)
-        tiles = ceildiv(self.rows, tile_rows)
-        with T.serial(tiles) as tile, T.serial(i64(self.key_block // (2 * lanes))) as pair:
-            self._score(bind(tile * tile_rows), bind(pair * (2 * lanes)))
-        self._exponentiate(first)
-        with T.serial(tiles) as tile:
+        with T.serial(self._num_tiles()) as tile:
+            row, pairs = bind(tile * self.shape.tile_rows), self._seen_pairs(tile, first)
+            with T.serial(pairs) as pair:
+                self._score(row, bind(pair * (2 * lanes)))
+            self._exponentiate(tile, first, pairs)
             with T.serial(i64(self.shape.vectors // 2)) as pair:
-                self._add_values(bind(tile * tile_rows), [bind((pair * 2 + c) * lanes) for c in range(2)])
+                self._add_values(tile, row, [bind((pair * 2 + c) * lanes) for c in range(2)], pairs)
             if self.shape.vectors % 2:
-                self._add_values(bind(tile * tile_rows), [i64(self.shape.head_dim - lanes)])
+                self._add_values(tile, row, [i64(head_dim - lanes)], pairs)
+
+    def _seen_pairs(self, tile: Expr, first: Expr) -> Expr:
+        """Pairs of vectors of keys up to the last key of the block that a tile sees: positions ascend."""
+        last = i64(load(self.lasts, tile, self._rows_of(tile) - 1))
+        num_keys = tirx.max(tirx.min(last + 1 - first, i64(self.key_block)), i64(0))
+        return bind(ceildiv(num_keys, 2 * self.shape.lanes))
 
     def _stage_keys(self, first: Expr, at: Expr) -> None:
         """keys[d, at + i] = key first + at + i; what lies past the end is masked later."""
@@ -134,7 +158,7 @@ class Prefill:
                 store(self.values, splat(0.0, lanes), at + i, v * lanes)
 
     def _score(self, row: Expr, column: Expr) -> None:
-        """scores[row + r, column …] = q[row + r] . keys, for a register tile."""
+        """scores[r, column …] = q[row + r] . keys, for a tile."""
         lanes = self.shape.lanes
         sums = multiply_tile(
             i64(self.shape.head_dim // self.columns),
@@ -145,61 +169,65 @@ class Prefill:
         )
         for r, registers in enumerate(sums):
             for c, register in enumerate(registers):
-                store(self.scores, register.get(), row + r, column + c * lanes)
+                store(self.scores, register.get(), r, column + c * lanes)
 
-    def _exponentiate(self, first: Expr) -> None:
+    def _exponentiate(self, tile: Expr, first: Expr, pairs: Expr) -> None:
         """scores -> weights exp(score - top), 0 for keys that the row's token does not see; tops, totals and shrinks.
 
         What is one number per row is computed for a vector of rows at a time.
         """
         lanes = self.shape.lanes
-        groups = ceildiv(self.rows, lanes)
-        with T.serial(self.rows) as row:
+        groups = [group * lanes for group in range(int(self.tops.ty.shape[1]) // lanes)]
+        with T.serial(self._rows_of(tile)) as r:
             top = Register(splat(LOWEST, lanes))
-            for v in range(self.key_block // lanes):
-                score = load(self.scores, row, v * lanes, lanes=lanes)
-                top.set(tirx.max(top.get(), T.Select(self._visible(row, first, v), score, splat(LOWEST, lanes))))
-            store(self.sums, reduce_max(top.get()), row)
-        with T.serial(groups) as group:
-            old = bind(load(self.tops, group * lanes, lanes=lanes))
-            new = bind(tirx.max(old, load(self.sums, group * lanes, lanes=lanes)))
-            store(self.tops, new, group * lanes)
-            store(self.shrinks, exp(old - new), group * lanes)
-        with T.serial(self.rows) as row:
-            top, total = bind(splat(load(self.tops, row), lanes)), splat(0.0, lanes)
-            for v in range(self.key_block // lanes):
-                weight = exp(load(self.scores, row, v * lanes, lanes=lanes) - top)
-                weight = bind(T.Select(self._visible(row, first, v), weight, splat(0.0, lanes)))
-                self._store_row(self.weights, weight, row, i64(v * lanes))
-                total = bind(total + weight)
-            store(self.sums, reduce_sum(total), row)
-            self._shrink(row)
-        with T.serial(groups) as group:
-            old, shrink = (load(buffer, group * lanes, lanes=lanes) for buffer in (self.totals, self.shrinks))
-            store(self.totals, old * shrink + load(self.sums, group * lanes, lanes=lanes), group * lanes)
+            with T.serial(pairs) as pair:
+                for at in (pair * (2 * lanes), pair * (2 * lanes) + lanes):
+                    score = load(self.scores, r, at, lanes=lanes)
+                    seen = self._visible(tile, r, first + at)
+                    top.set(tirx.max(top.get(), T.Select(seen, score, splat(LOWEST, lanes))))
+            store(self.sums, reduce_max(top.get()), tile, r)
+        for group in groups:
+            old = bind(load(self.tops, tile, group, lanes=lanes))
+            new = bind(tirx.max(old, load(self.sums, tile, group, lanes=lanes)))
+            store(self.tops, new, tile, group)
+            store(self.shrinks, exp(old - new), tile, group)
+        with T.serial(self._rows_of(tile)) as r:
+            row_top, total = bind(splat(load(self.tops, tile, r), lanes)), Register(splat(0.0, lanes))
+            with T.serial(pairs) as pair:
+                for at in (pair * (2 * lanes), pair * (2 * lanes) + lanes):
+                    weight = exp(load(self.scores, r, at, lanes=lanes) - row_top)
+                    weight = bind(T.Select(self._visible(tile, r, first + at), weight, splat(0.0, lanes)))
+                    self._store_row(self.weights, weight, r, at)
+                    total.set(total.get() + weight)
+            store(self.sums, reduce_sum(total.get()), tile, r)
+            self._shrink(tile, r)
+        for group in groups:
+            old, shrink = (load(buffer, tile, group, lanes=lanes) for buffer in (self.totals, self.shrinks))
+            store(self.totals, old * shrink + load(self.sums, tile, group, lanes=lanes), tile, group)
 
-    def _visible(self, row: Expr, first: Expr, v: int) -> Expr:
+    def _visible(self, tile: Expr, r: Expr, key: Expr) -> Expr:
+        """Of a vector of keys, those that a row's token sees."""
         lanes = self.shape.lanes
-        key = T.ramp(T.cast(first + v * lanes, "int32"), T.int32(1), lanes)
-        seen = key <= splat(load(self.lasts, row), lanes)
+        keys = T.ramp(T.cast(key, "int32"), T.int32(1), lanes)
+        seen = keys <= splat(load(self.lasts, tile, r), lanes)
         if not self.shape.window:  # splits begin at a multiple of the vector length
             return seen
-        return tirx.And(seen, key >= splat(load(self.lowests, row), lanes))
+        return tirx.And(seen, keys >= splat(load(self.lowests, tile, r), lanes))
 
-    def _shrink(self, row: Expr) -> None:
+    def _shrink(self, tile: Expr, r: Expr) -> None:
         """Where `_add_values` does not multiply a row's outputs so far with its factor."""
 
-    def _add_values(self, row: Expr, columns: list[Expr]) -> None:
-        """outputs[row + r] = outputs[row + r] * shrink + weights[row + r] . values, for a register tile."""
+    def _add_values(self, tile: Expr, row: Expr, columns: list[Expr], pairs: Expr) -> None:
+        """outputs[row + r] = outputs[row + r] * shrink + weights[r] . values, for a tile."""
         lanes, rows = self.shape.lanes, range(self.shape.tile_rows)
 
         def shrunk(r: int, column: Expr) -> Expr:
-            return load(self.outputs, row + r, column, lanes=lanes) * splat(load(self.shrinks, row + r), lanes)
+            return load(self.outputs, row + r, column, lanes=lanes) * splat(load(self.shrinks, tile, r), lanes)
 
         sums = multiply_tile(
-            i64(self.key_block // self.columns),
+            pairs * (2 * lanes // self.columns),
             [[shrunk(r, column) for column in columns] for r in rows],
-            lambda r, k: load(self.weights, row + r, k),
+            lambda r, k: load(self.weights, r, k),
             lambda k, c: load(self.values, k, columns[c], lanes=lanes),
             self.unit,
         )
@@ -220,10 +248,11 @@ class Bf16Prefill(Prefill):
 
     def _allocate(self) -> None:
         super()._allocate()
-        rows, head_dim, keys = self.shape.block_rows, self.shape.head_dim, self.key_block
-        self.q_rows, self.weight_rows = _scratch(rows, head_dim, "uint16"), _scratch(rows, keys, "uint16")
+        rows, tile_rows = self.shape.block_rows, self.shape.tile_rows
+        head_dim, keys = self.shape.head_dim, self.key_block
+        self.q_rows, self.weight_rows = _scratch(rows, head_dim, "uint16"), _scratch(tile_rows, keys, "uint16")
         self.q = view(self.q_rows, (rows, head_dim // 2), "uint32")
-        self.weights = view(self.weight_rows, (rows, keys // 2), "uint32")
+        self.weights = view(self.weight_rows, (tile_rows, keys // 2), "uint32")
         self.keys = _scratch(head_dim // 2, keys, "uint32")
         self.values = _scratch(keys // 2, head_dim, "uint32")
 
@@ -280,23 +309,24 @@ class AmxPrefill(Bf16Prefill):
             lambda i, k: amx.Tile(self.q, (row + i * amx.ROWS, k * amx.ROWS), 2 * self.shape.head_dim),
             lambda k, j: amx.Tile(self.keys, (k * amx.ROWS, column + j * amx.ROWS), keys),
             None,
-            lambda i, j: amx.Tile(self.scores, (row + i * amx.ROWS, column + j * amx.ROWS), keys),
+            lambda i, j: amx.Tile(self.scores, (i64(i * amx.ROWS), column + j * amx.ROWS), keys),
         )
 
-    def _shrink(self, row: Expr) -> None:
-        lanes, factor = self.shape.lanes, bind(load(self.shrinks, row))
+    def _shrink(self, tile: Expr, r: Expr) -> None:
+        lanes, factor = self.shape.lanes, bind(load(self.shrinks, tile, r))
+        row = bind(tile * self.shape.tile_rows + r)
         with T.serial(i64(self.shape.vectors)) as v:
             shrunk = load(self.outputs, row, v * lanes, lanes=lanes) * splat(factor, lanes)
             store(self.outputs, shrunk, row, v * lanes)
 
-    def _add_values(self, row: Expr, columns: list[Expr]) -> None:
+    def _add_values(self, tile: Expr, row: Expr, columns: list[Expr], pairs: Expr) -> None:
         def outputs(i: int, j: int) -> amx.Tile:
             return amx.Tile(self.outputs, (row + i * amx.ROWS, columns[j]), 4 * self.shape.head_dim)
 
         amx.multiply_block(
             2,
-            i64(self.key_block // amx.COLUMNS),
-            lambda i, k: amx.Tile(self.weights, (row + i * amx.ROWS, k * amx.ROWS), 2 * self.key_block),
+            pairs,  # a vector has 16 lanes, a pair as many as one tile's columns
+            lambda i, k: amx.Tile(self.weights, (i64(i * amx.ROWS), k * amx.ROWS), 2 * self.key_block),
             lambda k, j: amx.Tile(self.values, (k * amx.ROWS, columns[j]), 4 * self.shape.head_dim),
             outputs,
             outputs,

@@ -11,7 +11,7 @@ from .isa import Isa
 from .units import lookup_16
 from .vector import Buffer, Expr, Kernel, bf16_words, bind, load, load_f32, prefetch, splat, store, view
 
-PREFETCH_BYTES = 4096  # how far ahead: hardware prefetching stops at the end of each page
+PREFETCH_BYTES = 8192  # how far ahead: hardware prefetching stops at the end of each page
 
 
 @dataclass(frozen=True)
