@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from tvm.tirx.script import builder as T  # noqa: N812
 
+from .isa import Isa
 from .vector import Buffer, Expr, Register, bind, exp, i64, load, reduce_sum, splat, widen
 
 LANES = 16
@@ -30,7 +31,7 @@ def rms_norm(x: Buffer, weight: Buffer, eps: float) -> Rows:
     return open_row
 
 
-def silu_mul(gate_up: Buffer) -> Rows:
+def silu_mul(isa: Isa, gate_up: Buffer) -> Rows:
     """silu(gate) * up, gate_up (n, 2 * K) holding the gate first (Shazeer, 2020)."""
 
     def open_row(t: Expr) -> Row:
@@ -39,7 +40,7 @@ def silu_mul(gate_up: Buffer) -> Rows:
         def at(k: Expr, lanes: int) -> Expr:
             gate = bind(load(gate_up, t, k, lanes=lanes))
             up = load(gate_up, t, width + k, lanes=lanes)
-            return gate / (splat(1.0, lanes) + exp(splat(0.0, lanes) - gate)) * up
+            return gate / (splat(1.0, lanes) + exp(isa, splat(0.0, lanes) - gate)) * up
 
         return at
 

@@ -54,10 +54,10 @@ def paged_attention(
         cache = Cache(isa, cells, block_table, num_kv_heads, page_size, head_dim)
         shape = Shape(isa, num_heads // num_kv_heads, head_dim, kv_dtype, scale, window)
 
-        with bf16_scope(shape.unit == "bf16"):
+        with bf16_scope(shape.unit != "float32"):
             num_blocks = bind(ceildiv(n, shape.block_tokens))
             num_splits, split_keys = _splits(num_blocks * num_kv_heads, seqs, seq_lens)
-            output = Output(out, n, num_heads, num_splits, MIN_TASKS * shape.block_rows)
+            output = Output(isa, out, n, num_heads, num_splits, MIN_TASKS * shape.block_rows)
 
             with T.parallel(num_splits * num_kv_heads * num_blocks) as task:
                 head = bind(task // num_blocks % num_kv_heads)

@@ -129,10 +129,10 @@ class Decode:
         """scores -> weights exp(score - top); returns the factor by which earlier sums shrink."""
         lanes = self.shape.lanes
         new_top = bind(tirx.max(top.get(), reduce_max(block_tops.get())))
-        shrink = exp(top.get() - new_top)
+        shrink = exp(self.shape.isa, top.get() - new_top)
         sums = Register(splat(0.0, lanes))
         with T.serial(ceildiv(stop - start, lanes)) as block:
-            weight = exp(load(scores, h, block * lanes, lanes=lanes) - splat(new_top, lanes))
+            weight = exp(self.shape.isa, load(scores, h, block * lanes, lanes=lanes) - splat(new_top, lanes))
             weight = bind(T.Select(self._valid(start + block * lanes, stop), weight, splat(0.0, lanes)))
             store(scores, weight, h, block * lanes)
             sums.set(sums.get() + weight)

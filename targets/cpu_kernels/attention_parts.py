@@ -110,7 +110,8 @@ class Cache:
 class Output:
     """Where rows go: to `out`, or with more than one split to a workspace of parts that `combine` adds up."""
 
-    def __init__(self, out: Buffer, n: Expr, num_heads: int, num_splits: Expr, max_parts: int) -> None:
+    def __init__(self, isa: Isa, out: Buffer, n: Expr, num_heads: int, num_splits: Expr, max_parts: int) -> None:
+        self.isa = isa
         self.out, self.rows, self.num_heads = out, n * num_heads, num_heads
         self.head_dim = int(out.ty.shape[2])
         self.num_splits = num_splits
@@ -151,7 +152,7 @@ class Output:
         with T.serial(self.num_splits) as split:
             part = bind(split * self.rows + row)
             with T.If(load(self.sums, part) > T.float32(0.0)), T.Then():
-                weight = exp(load(self.tops, part) - top.get())
+                weight = exp(self.isa, load(self.tops, part) - top.get())
                 total.set(total.get() + load(self.sums, part) * weight)
                 for i, register in enumerate(sums):
                     partial_row = load(self.parts, part, i * LANES, lanes=LANES)

@@ -11,12 +11,11 @@ from tvm.tirx.script import builder as T  # noqa: N812
 from . import amx
 from .attention_parts import LOWEST, Segment
 from .gemm import multiply_tile
-from .units import dot_bf16, multiply_add
+from .units import bf16_words, dot_bf16, multiply_add, store_bf16
 from .vector import (
     Buffer,
     Expr,
     Register,
-    bf16_words,
     bind,
     ceildiv,
     exp,
@@ -27,7 +26,6 @@ from .vector import (
     shuffle,
     splat,
     store,
-    store_f32,
     transpose,
     view,
 )
@@ -190,12 +188,12 @@ class Prefill:
             old = bind(load(self.tops, tile, group, lanes=lanes))
             new = bind(tirx.max(old, load(self.sums, tile, group, lanes=lanes)))
             store(self.tops, new, tile, group)
-            store(self.shrinks, exp(old - new), tile, group)
+            store(self.shrinks, exp(self.shape.isa, old - new), tile, group)
         with T.serial(self._rows_of(tile)) as r:
             row_top, total = bind(splat(load(self.tops, tile, r), lanes)), Register(splat(0.0, lanes))
             with T.serial(pairs) as pair:
                 for at in (pair * (2 * lanes), pair * (2 * lanes) + lanes):
-                    weight = exp(load(self.scores, r, at, lanes=lanes) - row_top)
+                    weight = exp(self.shape.isa, load(self.scores, r, at, lanes=lanes) - row_top)
                     weight = bind(T.Select(self._visible(tile, r, first + at), weight, splat(0.0, lanes)))
                     self._store_row(self.weights, weight, r, at)
                     total.set(total.get() + weight)
@@ -258,7 +256,7 @@ class Bf16Prefill(Prefill):
 
     def _store_row(self, buffer: Buffer, value: Expr, row: Expr, column: Expr) -> None:
         rows = self.q_rows if buffer is self.q else self.weight_rows
-        store_f32(self.shape.isa, rows, value, row, column)
+        store_bf16(self.shape.isa, rows, value, row, column)
 
     def _stage_keys(self, first: Expr, at: Expr) -> None:
         """keys[w, at + i] = word w of key first + at + i."""

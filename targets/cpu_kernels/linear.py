@@ -35,8 +35,8 @@ def linear(spec: Linear, isa: Isa) -> tirx.PrimFunc:
         out = k.arg("out", (n, spec.out_features), "float32")
         weights = open_weights(spec.fmt, stored)
         output = Output(out, bias, residual, spec.out_features)
-        rows = _rows(spec, x, norm_weight)
-        with bf16_scope(isa.has_bf16_dot), T.If(n < many_rows.fewest_rows):
+        rows = _rows(spec, isa, x, norm_weight)
+        with bf16_scope(isa.has_bf16_convert), T.If(n < many_rows.fewest_rows):
             with T.Then():
                 few_rows_product(spec, isa, n, rows, weights, output)
             with T.Else():
@@ -44,10 +44,10 @@ def linear(spec: Linear, isa: Isa) -> tirx.PrimFunc:
     return k.func
 
 
-def _rows(spec: Linear, x: Buffer, norm_weight: Buffer | None) -> Rows:
+def _rows(spec: Linear, isa: Isa, x: Buffer, norm_weight: Buffer | None) -> Rows:
     if spec.norm_eps is not None:
         return rms_norm(x, norm_weight, spec.norm_eps)
-    return silu_mul(x) if spec.is_gated else plain(x)
+    return silu_mul(isa, x) if spec.is_gated else plain(x)
 
 
 def describe_linear(spec: Linear, isa: Isa) -> str:

@@ -9,7 +9,7 @@ from ...formats import TILE, WeightFormat
 from . import amx
 from .activation import Rows
 from .isa import Isa
-from .units import Int8Dot
+from .units import Int8Dot, store_bf16
 from .vector import (
     Buffer,
     Expr,
@@ -23,7 +23,6 @@ from .vector import (
     shuffle,
     splat,
     store,
-    store_f32,
     view,
 )
 from .weights import field_scales, pair_order
@@ -96,7 +95,7 @@ def pair_rows(rows: Rows, n: Expr, width: int, fmt: WeightFormat, isa: Isa) -> P
             total = splat(0.0, TILE)
             for at in range(0, fmt.group, TILE):
                 x = bind(row(group * fmt.group + at, TILE))
-                store_f32(isa, values, shuffle([x], pair_order(fmt)), t, group * fmt.group + at)
+                store_bf16(isa, values, shuffle([x], pair_order(fmt)), t, group * fmt.group + at)
                 total = total + x
             if sums is not None:
                 store(sums, reduce_sum(bind(total)), t, group)
@@ -111,7 +110,7 @@ def bf16_rows(rows: Rows, n: Expr, width: int, isa: Isa) -> Buffer:
 
     def write(t: Expr) -> None:
         row = rows(t)
-        for_each_block(width, TILE, lambda k, lanes: store_f32(isa, values, row(k, lanes), t, k))
+        for_each_block(width, TILE, lambda k, lanes: store_bf16(isa, values, row(k, lanes), t, k))
 
     parallel_for(n, write)
     return view(values, (n, width // 2), "uint32")
@@ -128,7 +127,7 @@ def amx_rows(rows: Rows, n: Expr, width: int, isa: Isa) -> Buffer:
         with T.serial(i64(width // amx.COLUMNS)) as block:
             for at in range(0, amx.COLUMNS, TILE):
                 x = row(block * amx.COLUMNS + at, TILE)
-                store_f32(isa, values, x, t // amx.ROWS, block, t % amx.ROWS, i64(at))
+                store_bf16(isa, values, x, t // amx.ROWS, block, t % amx.ROWS, i64(at))
 
     parallel_for(n, write)
     return values

@@ -20,12 +20,12 @@ from .gemv import add_group
 from .isa import Isa
 from .operand import amx_rows, bf16_rows, float_rows, int8_rows
 from .output import Output
-from .units import Int8Dot, dot_bf16, multiply_add
-from .vector import Buffer, Expr, Register, bf16_words, bind, ceildiv, i64, load, splat, store
+from .units import Int8Dot, bf16_words, dot_bf16, multiply_add
+from .vector import Buffer, Expr, Register, bind, ceildiv, i64, load, splat, store
 from .weights import Weights
 
 PANEL_BYTES = 256 * 1024  # of decoded weights: a part of L2, beside the rows of x
-ROWS_PER_TASK = 256
+ROWS_BYTES = 1536 * 1024  # of rows of x in bfloat16: CPUs with AMX have 2 MB of L2
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Panel:
 
     name: ClassVar[str]
     columns: ClassVar[int]
-    fewest_rows: ClassVar[int]  # below this, decoding each weight once for 4 rows costs less than writing a panel
+    fewest_rows: ClassVar[int]  # below this, decoding weights for a few rows at a time is faster than a panel (measured)
 
     def product(self, n: Expr, rows: Rows, weights: Weights, output: Output) -> None:
         x = self._prepare(n, rows)
         panels = -(-output.tiles // self._tiles)
-        blocks = bind(ceildiv(n, ROWS_PER_TASK))
+        blocks = bind(ceildiv(n, self._rows_per_task))
         block_rows = bind((ceildiv(n, self._height) + blocks - 1) // blocks * self._height)  # of about the same size
         with T.parallel(blocks * panels) as task:
             first_row = bind(tirx.min(task // panels * block_rows, n))
@@ -103,6 +103,10 @@ class Panel:
         unit = self.spec.fmt.group or 32
         depth = PANEL_BYTES * self.columns // (4 * TILE * self._tiles)
         return min(self.spec.in_features, depth // unit * unit)
+
+    @cached_property
+    def _rows_per_task(self) -> int:
+        return 256
 
     @cached_property
     def _height(self) -> int:
@@ -273,13 +277,22 @@ class Int8Panel(Panel):
 class AmxPanel(Panel):
     """Weights and activations rounded to bfloat16, whole tiles of both multiplied at a time."""
 
-    name, columns, fewest_rows = "AMX bfloat16 tiles", 2, 8
+    name, columns = "AMX bfloat16 tiles", 2
+
+    @property
+    def fewest_rows(self) -> int:  # type: ignore[override]
+        return 24 if self.spec.fmt.int8_activations else 8
 
     @staticmethod
     def fits(spec: Linear) -> bool:
         """Tiles have no ragged edges but the last rows; a product begins with the bias or with the residual."""
         has_both = spec.has_bias and spec.has_residual
         return spec.in_features % amx.COLUMNS == 0 and spec.out_features % TILE == 0 and not has_both
+
+    @cached_property
+    def _rows_per_task(self) -> int:
+        """The product is so fast that decoding weights again for other rows would show: as many as fit into L2."""
+        return max(amx.BLOCK_ROWS, ROWS_BYTES // (2 * self._depth) // amx.BLOCK_ROWS * amx.BLOCK_ROWS)
 
     @cached_property
     def _height(self) -> int:

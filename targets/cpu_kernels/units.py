@@ -11,11 +11,12 @@ from tvm.tirx.script import builder as T  # noqa: N812
 
 from ...formats import TILE, WeightFormat
 from .isa import Isa
-from .vector import Expr, bind, lanes_of, shuffle, splat
+from .vector import Buffer, Expr, bind, lanes_of, shuffle, splat, store, store_f32
 
-# bfloat16 vectors do not survive TVM's legalization, so this instruction comes as LLVM's own text.
-_BF16_DOT_LLVM = """
+# bfloat16 vectors do not survive TVM's legalization, so these instructions come as LLVM's own text.
+_BF16_LLVM = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
 
 define <16 x float> @mlcgen_dot_bf16(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b)
     alwaysinline "target-features"="+avx512f,+avx512bf16" {
@@ -24,12 +25,26 @@ define <16 x float> @mlcgen_dot_bf16(<16 x float> %sum, <16 x i32> %a, <16 x i32
   %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %sum, <32 x bfloat> %x, <32 x bfloat> %y)
   ret <16 x float> %r
 }
-"""
+
+define <16 x i16> @mlcgen_round_bf16(<16 x float> %x) alwaysinline "target-features"="+avx512f,+avx512bf16" {
+  %y = fptrunc <16 x float> %x to <16 x bfloat>
+  %r = bitcast <16 x bfloat> %y to <16 x i16>
+  ret <16 x i16> %r
+}
+
+define <16 x i32> @mlcgen_bf16_words(<16 x float> %low, <16 x float> %high)
+    alwaysinline "target-features"="+avx512f,+avx512bw,+avx512bf16" {
+  %x = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %high, <16 x float> %low)
+  %y = shufflevector <32 x bfloat> %x, <32 x bfloat> poison, <32 x i32> <MIXED>
+  %r = bitcast <32 x bfloat> %y to <16 x i32>
+  ret <16 x i32> %r
+}
+""".replace("MIXED", ", ".join(f"i32 {half + lane}" for lane in range(TILE) for half in (0, TILE)))
 
 
 def bf16_scope(needed: bool = True) -> AbstractContextManager[Any]:
-    """What a function's body that uses `dot_bf16` must stand in."""
-    return T.attr(T.int32(0), "pragma_import_llvm", _BF16_DOT_LLVM) if needed else nullcontext()
+    """What the body of a function must stand in to use the bfloat16 instructions."""
+    return T.attr(T.int32(0), "pragma_import_llvm", _BF16_LLVM) if needed else nullcontext()
 
 
 def multiply_add(total: Expr, weights: Expr, activation: Expr) -> Expr:
@@ -40,6 +55,19 @@ def multiply_add(total: Expr, weights: Expr, activation: Expr) -> Expr:
 def dot_bf16(total: Expr, weights: Expr, activation: Expr) -> Expr:
     """total (16 float32) + both products of two bfloat16: words of 16 rows and a word. Inside `bf16_scope`."""
     return T.call_extern("float32x16", "mlcgen_dot_bf16", total, weights, splat(activation, TILE))
+
+
+def bf16_words(low: Expr, high: Expr) -> Expr:
+    """16 words of two bfloat16 from two vectors of float32, rounded to nearest even. Inside `bf16_scope`."""
+    return T.call_extern("uint32x16", "mlcgen_bf16_words", low, high)
+
+
+def store_bf16(isa: Isa, buffer: Buffer, value: Expr, *index: Expr) -> None:
+    """As `store_f32`, in one instruction for a whole vector. Inside `bf16_scope`."""
+    if lanes_of(value) == TILE:
+        store(buffer, T.call_extern("uint16x16", "mlcgen_round_bf16", value), *index)
+    else:
+        store_f32(isa, buffer, value, *index)
 
 
 def lookup_16(table: Expr, words: Expr) -> Expr:

@@ -248,13 +248,6 @@ def _from_f32(isa: Isa, value: Expr, dtype: str) -> Expr:
     return T.reinterpret(_vector("float16", lanes), T.cast(_f16_bits(bind(value)), _vector("uint16", lanes)))
 
 
-def bf16_words(low: Expr, high: Expr) -> Expr:
-    """Words of two bfloat16 from two float32 vectors, rounded to nearest (ties up: cheaper, as good here)."""
-    half = splat(T.uint32(0x8000), lanes_of(low))
-    low, high = _as_u32(low) + half, _as_u32(high) + half
-    return (low >> splat(T.uint32(16), lanes_of(low))) | (high & splat(T.uint32(0xFFFF0000), lanes_of(high)))
-
-
 def _f16_bits(value: Expr) -> Expr:
     """float32 -> float16 bit patterns with integer instructions. Out of range saturates to the largest float16."""
     lanes = lanes_of(value)
@@ -292,8 +285,19 @@ def _as_f32(value: Expr) -> Expr:
 
 # Elementary functions ------------------------------------------------------------------------------------------------
 
-# exp(r) on |r| <= ln(2)/2: the Cephes library's expf coefficients, highest power first, down to r**2.
-EXP_POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+# exp(r) on |r| <= ln(2)/2: the Cephes library's expf coefficients, highest power first.
+EXP_POLYNOMIAL = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+    1.0,
+    1.0,
+)
+LOG2_E = 1.44269504088896341
+LN_2 = (0.693359375, -2.12194440e-4)  # in two parts: a whole number times the first is exact
 # Adding 1.5 * 2**23 rounds to an integer, which then stands in the low mantissa bits: no rounding instruction needed.
 ROUND = 12582912.0
 
@@ -308,21 +312,37 @@ def _shifted(x: Expr) -> Expr:
     return bind(_as_u32(x + splat(ROUND, lanes_of(x))))
 
 
-def exp(x: Expr) -> Expr:
-    """exp(x), relative error below 2e-7, saturating outside [-87.3, 88]. (TIR's own exp calls libm for each lane.)"""
+def exp(isa: Isa, x: Expr) -> Expr:
+    """exp(x), relative error below 3e-7, saturating below -87.3; above 88 saturating or infinite.
+
+    (TIR's own exp calls libm for each lane.)
+    """
     lanes = lanes_of(x)
-    x = bind(tirx.min(tirx.max(x, splat(-87.3, lanes)), splat(88.0, lanes)))
-    shifted = _shifted(x * splat(1.44269504088896341, lanes))
+    x = tirx.max(x, splat(-87.3, lanes))
+    if lanes == isa.lanes == 16:  # AVX-512 rounds, and multiplies with a power of two, in one instruction each
+        x = bind(x)
+        n = bind(T.call_llvm_pure_intrin("float32x16", "llvm.nearbyint.v16f32", x * splat(LOG2_E, lanes)))
+        exponential = _exp_remainder(x, n)
+        scale, one = "llvm.x86.avx512.mask.scalef.ps.512", T.int16(-1)
+        return bind(T.call_llvm_pure_intrin("float32x16", scale, exponential, n, exponential, one, T.int32(4)))
+    x = bind(tirx.min(x, splat(88.0, lanes)))
+    shifted = _shifted(x * splat(LOG2_E, lanes))
     n = T.reinterpret(_vector("int32", lanes), shifted - _as_u32(splat(ROUND, lanes)))
     n = bind(T.cast(n, _vector("float32", lanes)))
-    r = bind(x - n * splat(0.693359375, lanes))  # ln(2) in two parts: n times the first is exact
-    r = bind(r + n * splat(2.12194440e-4, lanes))
+    power = _as_f32((shifted << splat(T.uint32(23), lanes)) + splat(T.uint32(0x3F800000), lanes))  # 2**n
+    return bind(_exp_remainder(x, n) * power)
+
+
+def _exp_remainder(x: Expr, n: Expr) -> Expr:
+    """exp(x - n * ln(2)) for the whole number n nearest to x / ln(2)."""
+    lanes = lanes_of(x)
+    r = x
+    for part in LN_2:
+        r = bind(r - n * splat(part, lanes))
     p = splat(EXP_POLYNOMIAL[0], lanes)
     for coefficient in EXP_POLYNOMIAL[1:]:
         p = bind(p * r + splat(coefficient, lanes))
-    mantissa = bind(p * (r * r) + r + splat(1.0, lanes))
-    power = _as_f32((shifted << splat(T.uint32(23), lanes)) + splat(T.uint32(0x3F800000), lanes))  # 2**n
-    return bind(mantissa * power)
+    return p
 
 
 # Loops ---------------------------------------------------------------------------------------------------------------

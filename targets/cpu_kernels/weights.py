@@ -8,8 +8,8 @@ from tvm.tirx.script import builder as T  # noqa: N812
 
 from ...formats import TILE, WeightFormat
 from .isa import Isa
-from .units import lookup_16
-from .vector import Buffer, Expr, Kernel, bf16_words, bind, load, load_f32, prefetch, splat, store, view
+from .units import bf16_words, lookup_16
+from .vector import Buffer, Expr, Kernel, bind, load, load_f32, prefetch, splat, store, view
 
 PREFETCH_BYTES = 8192  # how far ahead: hardware prefetching stops at the end of each page
 
