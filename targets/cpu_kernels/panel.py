@@ -37,7 +37,7 @@ class Panel:
 
     name: ClassVar[str]
     columns: ClassVar[int]
-    fewest_rows: ClassVar[int]  # below this, decoding weights for a few rows at a time is faster than a panel (measured)
+    fewest_rows: ClassVar[int]  # below this, a few rows at a time are faster than a panel (measured)
 
     def product(self, n: Expr, rows: Rows, weights: Weights, output: Output) -> None:
         x = self._prepare(n, rows)
