@@ -1,6 +1,6 @@
-"""Products of few rows: weights are decoded in registers, a tile of 16 output rows at a time, for 4 or 8 rows of x."""
+"""Products of few rows: weights are decoded in registers, a tile of 16 output rows at a time, for up to 4 rows of x."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import reduce
 from operator import add
 
@@ -10,9 +10,9 @@ from ...formats import TILE, WeightFormat
 from ..base import Linear
 from .activation import Rows
 from .isa import Isa
-from .operand import FloatRows, Int8Rows, PairRows, field_rows, float_rows, int8_rows, pair_rows
+from .operand import DIGIT, DIGITS, DigitRows, FloatRows, digit_rows, field_rows, float_rows
 from .output import Output
-from .units import Int8Dot, dot_bf16
+from .units import Int8Dot
 from .vector import Expr, Register, bind, i64, load, splat
 from .weights import Weights
 
@@ -21,62 +21,63 @@ Times = Callable[[list[Expr], Expr], list[Expr]]  # (rows, tile) -> their produc
 
 def few_rows_product(spec: Linear, isa: Isa, n: Expr, rows: Rows, weights: Weights, output: Output) -> None:
     fmt, width = spec.fmt, spec.in_features
-    if fmt.int8_activations:
-        dot = Int8Dot(isa, fmt)
-        x8 = int8_rows(rows, n, width, fmt, dot)
-        _product(n, (4, 2, 1), output, lambda block, tile: _int8_rows_times_tile(isa, dot, x8, weights, block, tile))
-    elif not fmt.is_grouped:
+    if not fmt.is_grouped:
         x = float_rows(rows, n, width)
-        _product(n, (4, 2, 1), output, lambda block, tile: _float_rows_times_tile(isa, x, weights, block, tile))
-    elif not isa.has_bf16_dot:
-        fields = field_rows(rows, n, width, fmt)
-        _product(n, (4, 2, 1), output, lambda block, tile: _fields_times_tile(isa, fields, weights, block, tile))
+        _product(n, 4, output, lambda block, tile: _float_rows_times_tile(isa, x, weights, block, tile))
+    elif count := num_digits(fmt, isa):
+        dot = Int8Dot(isa, fmt)
+        split = digit_rows(rows, n, width, fmt, dot, count)
+        height = 4 if count == 1 or isa.lanes == TILE else 1  # elsewhere more sums than registers
+        _product(n, height, output, lambda block, tile: _digits_times_tile(isa, dot, split, weights, block, tile))
     else:
-        with T.If(n == 1):
-            with T.Then():  # bound by memory: there is time for all of float32's digits
-                fields = field_rows(rows, n, width, fmt)
-                _product(n, (1,), output, lambda block, tile: _fields_times_tile(isa, fields, weights, block, tile))
-            with T.Else():
-                x16 = pair_rows(rows, n, width, fmt, isa)
-                _product(n, (8, 4, 2, 1), output, lambda block, tile: _pairs_times_tile(isa, x16, weights, block, tile))
+        fields = field_rows(rows, n, width, fmt)
+        _product(n, 4, output, lambda block, tile: _fields_times_tile(isa, fields, weights, block, tile))
 
 
-def _product(n: Expr, heights: Sequence[int], output: Output, times: Times) -> None:
-    """Blocks of as many rows as the first of `heights`, powers of two; what is left in one of each lower height."""
+def few_rows_unit(fmt: WeightFormat, isa: Isa) -> str:
+    if fmt.is_grouped and (count := num_digits(fmt, isa)):
+        return f"int8 {Int8Dot(isa, fmt).name}" + (f" on {count} digits of x" if count > 1 else "")
+    return "float32 multiply-add"
+
+
+def num_digits(fmt: WeightFormat, isa: Isa) -> int:
+    """Int8 digits of an activation, 0 for float32: a unit that multiplies four codes at once takes three digits sooner
+    than four codes become float32."""
+    return 1 if fmt.int8_activations else DIGITS if isa.has_int8_dot else 0
+
+
+def _product(n: Expr, height: int, output: Output, times: Times) -> None:
+    """Blocks of `height` rows, a power of two; what is left in one block of each lower power."""
 
     def store_rows(block: list[Expr], tile: Expr) -> None:
         for row, total in zip(block, times(block, tile), strict=True):
             output.store(output.finish(total, row, tile), row, tile)
 
     with T.parallel(i64(output.tiles)) as tile:
-        height, *lower = heights
         with T.serial(n // height) as block:  # a tile of W stays in L1 from one block of rows to the next
             store_rows([block * height + r for r in range(height)], tile)
-        for count in lower:
+        count = height // 2
+        while count:
             with T.If(n % (2 * count) >= count), T.Then():
                 first = bind(n - n % (2 * count))
                 store_rows([first + r for r in range(count)], tile)
+            count //= 2
 
 
-def few_rows_unit(fmt: WeightFormat, isa: Isa) -> str:
-    if fmt.int8_activations:
-        return f"int8 {Int8Dot(isa, fmt).name}"
-    if fmt.is_grouped and isa.has_bf16_dot:
-        return "float32 multiply-add; 2 rows or more: bfloat16 dot product"
-    return "float32 multiply-add"
-
-
-def _int8_rows_times_tile(
-    isa: Isa, dot: Int8Dot, x: Int8Rows, weights: Weights, rows: list[Expr], tile: Expr
+def _digits_times_tile(
+    isa: Isa, dot: Int8Dot, x: DigitRows, weights: Weights, rows: list[Expr], tile: Expr
 ) -> list[Expr]:
     fmt, words = weights.fmt, weights.fmt.group // 4
     totals = [Register(splat(0.0, TILE)) for _ in rows]
     with T.serial(i64(int(x.scales.ty.shape[1]))) as group:
-        sums = [dot.start() for _ in rows]
+        sums = [[dot.start() for _ in x.digits] for _ in rows]
         for i, codes in enumerate(weights.group_bytes(tile, group)):
             sums = [
-                dot.add(total, codes, load(x.words, row, group * words + i))
-                for row, total in zip(rows, sums, strict=True)
+                [
+                    dot.add(total, codes, load(digit, row, group * words + i))
+                    for total, digit in zip(of_row, x.digits, strict=True)
+                ]
+                for row, of_row in zip(rows, sums, strict=True)
             ]
         scale = weights.group_scale(isa, tile, group)
         minimum = weights.group_minimum(isa, tile, group) if fmt.has_minimum else None
@@ -86,10 +87,20 @@ def _int8_rows_times_tile(
 
 
 def add_group(
-    dot: Int8Dot, x: Int8Rows, total: Expr, products: Expr, row: Expr, group: Expr, scale: Expr, minimum: Expr | None
+    dot: Int8Dot,
+    x: DigitRows,
+    total: Expr,
+    products: list[Expr],
+    row: Expr,
+    group: Expr,
+    scale: Expr,
+    minimum: Expr | None,
 ) -> Expr:
-    """total + what a group's int8 products mean: scale * (scale of x * products + offset) [+ minimum * sum of x]."""
-    value = T.cast(dot.total(products), f"float32x{TILE}") * splat(load(x.scales, row, group), TILE)
+    """total + scale * (scale of x * the digits' products + offset) [+ minimum * sum of x]."""
+    value, *smaller = [T.cast(dot.total(product), f"float32x{TILE}") for product in products]
+    for place, product in enumerate(smaller, 1):
+        value = value + product * splat(float(DIGIT) ** -place, TILE)
+    value = value * splat(load(x.scales, row, group), TILE)
     if x.offsets is not None:
         value = value + splat(load(x.offsets, row, group), TILE)
     total = total + scale * value
@@ -113,26 +124,6 @@ def _fields_times_tile(isa: Isa, x: FloatRows, weights: Weights, rows: list[Expr
             total.set(total.get() + scale * centered)
             if minimum is not None:
                 total.set(total.get() + minimum * splat(x_sum, TILE))
-    return [total.get() for total in totals]
-
-
-def _pairs_times_tile(isa: Isa, x: PairRows, weights: Weights, rows: list[Expr], tile: Expr) -> list[Expr]:
-    """Per group: the sum of (code - zero point) * x, both bfloat16, then one multiplication by the scale."""
-    fmt = weights.fmt
-    words = fmt.group // 2
-    totals = [Register(splat(0.0, TILE)) for _ in rows]
-    with T.serial(i64(int(x.words.ty.shape[1]) // words)) as group:
-        sums = [[splat(0.0, TILE) for _ in range(_chains(rows))] for _ in rows]
-        for i, codes in enumerate(weights.group_pairs(tile, group)):
-            for row, chains in zip(rows, sums, strict=True):
-                chain = i % len(chains)
-                chains[chain] = bind(dot_bf16(chains[chain], codes, load(x.words, row, group * words + i)))
-        scale = weights.group_scale(isa, tile, group)
-        minimum = weights.group_minimum(isa, tile, group) if fmt.has_minimum else None
-        for row, total, chains in zip(rows, totals, sums, strict=True):
-            total.set(total.get() + scale * reduce(add, chains))
-            if minimum is not None:
-                total.set(total.get() + minimum * splat(load(x.sums, row, group), TILE))
     return [total.get() for total in totals]
 
 

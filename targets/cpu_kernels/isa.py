@@ -31,6 +31,11 @@ class Isa:
     has_amx_bf16: bool = False  # products of 16x32 by 32x16 bfloat16 tiles
 
     @property
+    def has_int8_dot(self) -> bool:
+        """In one instruction: what pmaddubsw begins takes two more."""
+        return self.int8_dot not in ("", "pmaddubsw")
+
+    @property
     def registers_per_tile(self) -> int:
         """Registers that 16 floats take."""
         return 16 // self.lanes

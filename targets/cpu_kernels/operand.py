@@ -20,12 +20,14 @@ from .vector import (
     reduce_max,
     reduce_sum,
     round_to_int32,
-    shuffle,
     splat,
     store,
     view,
 )
-from .weights import field_scales, pair_order
+from .weights import field_scales
+
+DIGIT = 254  # the base: what rounding leaves, at most a half, is at most 127 of the next place
+DIGITS = 3
 
 
 @dataclass(frozen=True)
@@ -37,21 +39,16 @@ class FloatRows:
 
 
 @dataclass(frozen=True)
-class PairRows:
-    """Few rows against a grouped format, in bfloat16."""
+class DigitRows:
+    """x = scale * (digit 0 + digit 1 / 254 + digit 2 / 254**2 …) + rounding error, one scale per group of columns.
 
-    words: Buffer  # (rows, K / 2) uint32: two bfloat16 each, in the order of `Weights.group_pairs`
-    sums: Buffer | None  # (rows, K / group) float32: the sum of x over each group, for formats with a minimum
+    One digit rounds to 8 bits; DIGITS of them are as good as float32.
+    """
 
-
-@dataclass(frozen=True)
-class Int8Rows:
-    """x = scale * values + rounding error, one scale per group of columns."""
-
-    words: Buffer  # (rows, K / 4) int32: four int8 values each
+    digits: list[Buffer]  # (rows, K / 4) int32 each: four int8 between -127 and 127
     scales: Buffer  # (rows, K / group) float32
     offsets: Buffer | None  # (rows, K / group) float32: for zero points that the unit does not subtract itself
-    sums: Buffer | None  # (rows, K / group) float32: scale * sum of values, for formats with a minimum
+    sums: Buffer | None  # (rows, K / group) float32: the sum of x over each group, for formats with a minimum
 
 
 def float_rows(rows: Rows, n: Expr, width: int) -> FloatRows:
@@ -84,26 +81,6 @@ def field_rows(rows: Rows, n: Expr, width: int, fmt: WeightFormat) -> FloatRows:
     return FloatRows(values, sums)
 
 
-def pair_rows(rows: Rows, n: Expr, width: int, fmt: WeightFormat, isa: Isa) -> PairRows:
-    """For `Weights.group_pairs`."""
-    values = _scratch(n, width, "uint16")
-    sums = _scratch(n, width // fmt.group, "float32") if fmt.has_minimum else None
-
-    def write(t: Expr) -> None:
-        row = rows(t)
-        with T.serial(i64(width // fmt.group)) as group:
-            total = splat(0.0, TILE)
-            for at in range(0, fmt.group, TILE):
-                x = bind(row(group * fmt.group + at, TILE))
-                store_bf16(isa, values, shuffle([x], pair_order(fmt)), t, group * fmt.group + at)
-                total = total + x
-            if sums is not None:
-                store(sums, reduce_sum(bind(total)), t, group)
-
-    parallel_for(n, write)
-    return PairRows(view(values, (n, width // 2), "uint32"), sums)
-
-
 def bf16_rows(rows: Rows, n: Expr, width: int, isa: Isa) -> Buffer:
     """(n, K / 2) words of two bfloat16."""
     values = _scratch(n, width, "uint16")
@@ -133,10 +110,10 @@ def amx_rows(rows: Rows, n: Expr, width: int, isa: Isa) -> Buffer:
     return values
 
 
-def int8_rows(rows: Rows, n: Expr, width: int, fmt: WeightFormat, dot: Int8Dot) -> Int8Rows:
-    """Each group is rounded to 127 steps of its largest value."""
+def digit_rows(rows: Rows, n: Expr, width: int, fmt: WeightFormat, dot: Int8Dot, num_digits: int) -> DigitRows:
+    """Each group's scale is a 127th of its largest value."""
     groups = width // fmt.group
-    values = _scratch(n, width, "int8")
+    digits = [_scratch(n, width, "int8") for _ in range(num_digits)]
     scales = _scratch(n, groups, "float32")
     offsets = _scratch(n, groups, "float32") if dot.offset != fmt.zero_point else None
     sums = _scratch(n, groups, "float32") if fmt.has_minimum else None
@@ -146,32 +123,36 @@ def int8_rows(rows: Rows, n: Expr, width: int, fmt: WeightFormat, dot: Int8Dot) 
         with T.serial(i64(groups)) as group:
             first = bind(group * fmt.group)
             parts = [bind(row(first + at, TILE)) for at in range(0, fmt.group, TILE)]
-            scale, total = _round_group(values, parts, t, first)
+            scale, total = _split_group(digits, parts, t, first)
             store(scales, scale, t, group)
-            scaled = bind(scale * T.cast(total, "float32"))
             if offsets is not None:
-                store(offsets, scaled * T.float32(dot.offset - fmt.zero_point), t, group)
+                store(offsets, total * T.float32(dot.offset - fmt.zero_point), t, group)
             if sums is not None:
-                store(sums, scaled, t, group)
+                store(sums, total, t, group)
 
     parallel_for(n, write)
-    return Int8Rows(view(values, (n, width // 4), "int32"), scales, offsets, sums)
+    return DigitRows([view(values, (n, width // 4), "int32") for values in digits], scales, offsets, sums)
 
 
-def _round_group(values: Buffer, parts: list[Expr], t: Expr, first: Expr) -> tuple[Expr, Expr]:
-    """Store a group's values; returns (scale, sum of the values)."""
+def _split_group(digits: list[Buffer], parts: list[Expr], t: Expr, first: Expr) -> tuple[Expr, Expr]:
+    """Store a group's digits; returns (scale, sum of what the digits mean)."""
     magnitudes = [T.Select(x < splat(0.0, TILE), splat(0.0, TILE) - x, x) for x in parts]
     largest = magnitudes[0]
     for magnitude in magnitudes[1:]:
         largest = tirx.max(largest, magnitude)
     top = bind(reduce_max(bind(largest)))
     inverse = bind(T.Select(top > T.float32(0.0), T.float32(127.0) / top, T.float32(0.0)))
-    total = splat(T.int32(0), TILE)
+    total = splat(0.0, TILE)
     for i, x in enumerate(parts):
-        value = bind(round_to_int32(x * splat(inverse, TILE)))
-        store(values, T.cast(value, f"int8x{TILE}"), t, first + i * TILE)
-        total = bind(total + value)
-    return bind(top * T.float32(1.0 / 127.0)), bind(reduce_sum(total))
+        rest = bind(x * splat(inverse, TILE))
+        for place, values in enumerate(digits):
+            digit = bind(round_to_int32(rest))
+            store(values, T.cast(digit, f"int8x{TILE}"), t, first + i * TILE)
+            rounded = bind(T.cast(digit, f"float32x{TILE}"))
+            total = bind(total + rounded * splat(float(DIGIT) ** -place, TILE))
+            rest = bind((rest - rounded) * splat(float(DIGIT), TILE))
+    scale = bind(top * T.float32(1.0 / 127.0))
+    return scale, bind(scale * reduce_sum(total))
 
 
 def _scratch(n: Expr, width: int, dtype: str) -> Buffer:

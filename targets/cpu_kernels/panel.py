@@ -16,9 +16,9 @@ from ..base import Linear
 from . import amx
 from .activation import Rows
 from .gemm import multiply_tile, tile_rows
-from .gemv import add_group
+from .gemv import add_group, few_rows_unit, num_digits
 from .isa import Isa
-from .operand import amx_rows, bf16_rows, float_rows, int8_rows
+from .operand import amx_rows, bf16_rows, digit_rows, float_rows
 from .output import Output
 from .units import Int8Dot, bf16_words, dot_bf16, multiply_add
 from .vector import Buffer, Expr, Register, bind, ceildiv, i64, load, splat, store
@@ -172,7 +172,7 @@ class Float32Panel(Panel):
 class Bf16Panel(Panel):
     """Weights and activations rounded to bfloat16, sums in float32 (AVX512-BF16)."""
 
-    name, columns, fewest_rows = "bfloat16 dot product", 2, 100
+    name, columns, fewest_rows = "bfloat16 dot product", 2, 16
 
     def _prepare(self, n: Expr, rows: Rows) -> Buffer:
         return bf16_rows(rows, n, self.spec.in_features, self.isa)
@@ -208,13 +208,17 @@ def decode_bf16(isa: Isa, weights: Weights, panel: Buffer, t: int, tile: Expr, f
 
 
 class Int8Panel(Panel):
-    """Codes times int8 activations; scales once per group."""
+    """Codes times the int8 digits of activations; scales once per group."""
 
-    columns, fewest_rows = 4, 12
+    columns = 4
+
+    @property
+    def fewest_rows(self) -> int:  # type: ignore[override]
+        return 12 if self.spec.fmt.int8_activations else 64
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return f"int8 {self._dot.name}"
+        return few_rows_unit(self.spec.fmt, self.isa)
 
     @cached_property
     def _dot(self) -> Int8Dot:
@@ -222,10 +226,12 @@ class Int8Panel(Panel):
 
     @cached_property
     def _height(self) -> int:
+        if num_digits(self.spec.fmt, self.isa) > 1:
+            return 3
         return 6 if self.isa.registers == 32 else 4
 
     def _prepare(self, n: Expr, rows: Rows) -> Any:
-        return int8_rows(rows, n, self.spec.in_features, self.spec.fmt, self._dot)
+        return digit_rows(rows, n, self.spec.in_features, self.spec.fmt, self._dot, num_digits(self.spec.fmt, self.isa))
 
     def _allocate(self) -> dict[str, Buffer]:
         """codes: words of four bytes; scale, minimum: float32."""
@@ -257,12 +263,14 @@ class Int8Panel(Panel):
         totals = [[Register(splat(0.0, TILE)) for _ in columns] for _ in rows]
         with T.serial(task.depth // self.spec.fmt.group) as g:
             group = bind(first_group + g)
-            sums = [[dot.start() for _ in columns] for _ in rows]
+            sums = [[[dot.start() for _ in task.x.digits] for _ in columns] for _ in rows]
             for i in range(words):
                 codes = [bind(load(task.panel["codes"], g * words + i, column, lanes=TILE)) for column in columns]
-                for r, row in enumerate(rows):
-                    x = bind(load(task.x.words, row, group * words + i))
-                    sums[r] = [dot.add(total, c, x) for total, c in zip(sums[r], codes, strict=True)]
+                for row, of_row in zip(rows, sums, strict=True):
+                    for place, digit in enumerate(task.x.digits):
+                        x = bind(load(digit, row, group * words + i))
+                        for of_column, column_codes in zip(of_row, codes, strict=True):
+                            of_column[place] = dot.add(of_column[place], column_codes, x)
             for t, column in enumerate(columns):
                 scale, minimum = (
                     bind(load(task.panel[part], g, column, lanes=TILE)) if part in task.panel else None
@@ -363,4 +371,6 @@ def panel_for(spec: Linear, isa: Isa) -> Panel:
         return Int8Panel(spec, isa)
     if rounds and isa.has_bf16_dot and spec.in_features % 2 == 0:
         return Bf16Panel(spec, isa)
+    if fmt.is_grouped and isa.has_int8_dot and isa.lanes == TILE:
+        return Int8Panel(spec, isa)
     return Float32Panel(spec, isa)

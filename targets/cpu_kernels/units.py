@@ -70,13 +70,6 @@ def store_bf16(isa: Isa, buffer: Buffer, value: Expr, *index: Expr) -> None:
         store_f32(isa, buffer, value, *index)
 
 
-def lookup_16(table: Expr, words: Expr) -> Expr:
-    """Both 16-bit halves of 16 words replaced by entries of a table of 32, chosen by their low 5 bits (AVX512-BW)."""
-    halves = T.reinterpret("uint16x32", words)
-    found = T.call_llvm_pure_intrin("uint16x32", "llvm.x86.avx512.permvar.hi.512", table, halves)
-    return T.reinterpret("uint32x16", found)
-
-
 class Int8Dot:
     """sum over a group's columns of (code - offset) * int8 activation, for the 16 rows of a tile.
 

@@ -3,12 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 from tvm.tirx.script import builder as T  # noqa: N812
 
 from ...formats import TILE, WeightFormat
 from .isa import Isa
-from .units import bf16_words, lookup_16
 from .vector import Buffer, Expr, Kernel, bind, load, load_f32, prefetch, splat, store, view
 
 PREFETCH_BYTES = 8192  # how far ahead: hardware prefetching stops at the end of each page
@@ -78,19 +76,6 @@ class Weights:
                 yield bind(words & low)
                 yield bind((words >> splat(T.uint32(4), TILE)) & low)
 
-    def group_pairs(self, tile: Expr, group: Expr) -> Iterator[Expr]:
-        """16 words of two bfloat16, code - zero_point (exact), for every two columns of a group, by `pair_order`."""
-        fmt = self.fmt
-        if fmt.bits == 8:
-            codes = self.group_codes(tile, group)
-            for (_, low), (_, high) in zip(codes, codes, strict=True):
-                yield bind(bf16_words(low, high))
-            return
-        table = _bf16_codes(fmt)
-        for _, words in self.group_words(tile, group):
-            for bit in (0, 4, 8, 12):
-                yield bind(lookup_16(table, words >> splat(T.uint32(bit), TILE)))
-
     def bf16_pair(self, tile: Expr, k: Expr) -> Expr:
         """Columns k and k + 1 of a tile in the format bf16: 16 words."""
         low, high = (T.cast(load(self.w, tile, k + i, 0, lanes=TILE), "uint32x16") for i in range(2))
@@ -103,22 +88,6 @@ class Weights:
             row = group * per_group + word
             self.prefetch(tile, row)
             yield word * columns_per_word(self.fmt), bind(load(self.w, tile, row, 0, lanes=TILE))
-
-
-def pair_order(fmt: WeightFormat) -> list[int]:
-    """The order of 16 columns in which `group_pairs` gives them: the half words of a word of codes side by side."""
-    if fmt.bits == 8:
-        return list(range(TILE))
-    return [block + column for block in (0, 8) for column in (0, 2, 4, 6, 1, 3, 5, 7)]
-
-
-def _bf16_codes(fmt: WeightFormat) -> Expr:
-    """32 bfloat16, as bits: code - zero_point of each 4-bit code; twice, so that an index's fifth bit is ignored."""
-    table = T.alloc_buffer((32,), "uint16")
-    for code in range(32):
-        value = np.float32(code % 16 - fmt.zero_point)
-        store(table, T.uint16(int(value.view(np.uint32)) >> 16), code)
-    return bind(load(table, 0, lanes=32))
 
 
 def field_scales(fmt: WeightFormat) -> Expr:

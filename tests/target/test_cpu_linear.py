@@ -18,7 +18,7 @@ FORMATS = [F32, F16, BF16, *GROUPED]
 INT8_FORMATS = [with_int8_activations(fmt) for fmt in GROUPED]
 EPS = 1e-5
 # One row, blocks of 4 and what remains, the changes of path, register tiles of 2, 4, 6 and 14, two row blocks.
-NUM_ROWS = (1, 2, 3, 4, 7, 8, 11, 12, 13, 15, 19, 23, 24, 28, 29, 55, 127, 270)
+NUM_ROWS = (1, 2, 3, 4, 7, 8, 11, 12, 13, 15, 19, 23, 24, 28, 29, 55, 64, 127, 270)
 
 
 def check(kernel: Callable[..., None], spec: Linear, num_rows: tuple[int, ...], tolerance: float) -> None:
