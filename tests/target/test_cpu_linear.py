@@ -61,6 +61,13 @@ def test_linear(mcpu: str, fmt: WeightFormat) -> None:
     check_native(mcpu, spec, NUM_ROWS)
 
 
+@every_isa
+@pytest.mark.parametrize("fmt", GROUPED, ids=lambda fmt: fmt.name)
+def test_few_rows_are_as_exact_as_float32(mcpu: str, fmt: WeightFormat) -> None:
+    spec = Linear(fmt, 83, 160, norm_eps=EPS)
+    check(build(mcpu, lambda isa: linear(spec, isa)), spec, (1, 2, 3, 5, 7), 3e-6)
+
+
 @pytest.mark.parametrize("mcpu", [param for param in every_isa.args[1] if param.values[0] in HAS_BF16_UNITS])
 @pytest.mark.parametrize("fmt", [BF16, Q4, with_int8_activations(Q8)], ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize("width", [64, 80])  # pairs of tiles; an odd number of them
