@@ -1,10 +1,10 @@
 """Where the time of a step goes: each kernel of an artifact, in a real prefill and in real decode steps.
 
-    python benchmarks/profile_step.py dist/sq4 --prompt 512 --context 128 --context 4096 --batch 8
+    python benchmarks/profile_step.py dist/sq4 --prompt 512 --context 128 4000 --batch 8
 
 Per kernel: calls, time per step, share, and for those that read weights the bandwidth reached. Kernels are timed by
 the virtual machine's own instrument, which adds about a microsecond to each call, so the sums lie above the step's own
-time: that is measured without it. "outside" is what the engine and the virtual machine spend beside the kernels.
+time: that is measured without it.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import numpy as np
 import tvm_ffi
 
 from mlcgen import artifact
+from mlcgen.bench.work import LOOKUPS
 from mlcgen.runtime.llm import LLM
 from mlcgen.runtime.load import choose_target
 from mlcgen.runtime.sampler import SamplingParams
@@ -54,74 +55,78 @@ def main() -> None:
     manifest = artifact.read_manifest(args.artifact)
     target = choose_target(manifest["targets"], args.target)["name"]
     report = artifact.read_report(args.artifact)[target]["kernels"]
-    weights = {kernel["name"]: kernel["weight_bytes"] for kernel in report}
+    read = {k["name"]: k["weight_bytes"] for k in report if not k["name"].startswith(LOOKUPS)}
     vocab = int(manifest["model"]["vocab_size"])
-    profile = Profile(llm)
 
-    def prompts(count: int, tokens: int) -> list[list[int]]:
-        return np.random.default_rng().integers(0, vocab, (count, tokens)).tolist()
+    def requests(count: int, tokens: int) -> "Requests":
+        return Requests(llm, np.random.default_rng().integers(0, vocab, (count, tokens)).tolist())
 
     for tokens in args.prompt:
-        show(llm, profile, f"prefill of {tokens}", prompts(1, tokens), 1, weights)
-    for context in args.context:
-        show(llm, profile, f"decode after {context}", prompts(1, context), args.steps, weights)
-    for batch in args.batch:
-        show(llm, profile, f"decode of {batch} after 64 each", prompts(batch, 64), args.steps, weights)
+        work = requests(1, tokens)
+        show(f"prefill of {tokens}", *measure(Profile(llm), work.prefill, args.steps, work.start, work.stop), {})
+    for count, tokens in [(1, context) for context in args.context] + [(batch, 64) for batch in args.batch]:
+        work = requests(count, tokens)
+        work.start()
+        work.prefill()
+        show(f"decode of {count} after {tokens}", *measure(Profile(llm), llm.engine.step, args.steps), read)
+        work.stop()
 
 
-def show(llm: LLM, profile: Profile, title: str, prompts: list[list[int]], steps: int, weights: dict[str, int]) -> None:
-    """steps: 1 profiles the prefill itself, more the decode steps after it."""
+class Requests:
+    """Prompts that are served together, as often as wanted."""
 
-    def start(request: str) -> None:
-        for i, prompt in enumerate(prompts):
-            params = SamplingParams(temperature=0.0, max_tokens=3 * steps + 9, ignore_eos=True)
-            llm.engine.add_request(f"{request}{i}", list(prompt), params, stream=False)
+    def __init__(self, llm: LLM, prompts: list[list[int]]) -> None:
+        self.engine, self.prompts = llm.engine, prompts
 
-    def stop(request: str) -> None:
-        for i in range(len(prompts)):
-            llm.engine.abort(f"{request}{i}")
-        while llm.engine.has_unfinished:
-            llm.engine.step()
+    def start(self) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=10_000, ignore_eos=True)
+        for i, prompt in enumerate(self.prompts):
+            self.engine.add_request(str(i), list(prompt), params, stream=False)
 
-    def prefill() -> None:
-        tokens = sum(map(len, prompts))
-        for _ in range(-(-tokens // llm.engine.executor.max_tokens_per_step)):
-            llm.engine.step()
+    def prefill(self) -> None:
+        tokens = sum(map(len, self.prompts))
+        for _ in range(-(-tokens // self.engine.executor.max_tokens_per_step)):
+            self.engine.step()
 
-    def timed(work: Callable[[], object]) -> float:
+    def stop(self) -> None:
+        for i in range(len(self.prompts)):
+            self.engine.abort(str(i))
+        self.engine.step()
+
+
+def measure(
+    profile: Profile,
+    step: Callable[[], object],
+    repeat: int,
+    before: Callable[[], None] = lambda: None,
+    after: Callable[[], None] = lambda: None,
+) -> tuple[float, dict[str, tuple[int, float]]]:
+    """Seconds of a step, and of each kernel its (calls, seconds) in one: medians, since others share the machine."""
+
+    def run() -> float:
+        before()
         begin = perf_counter()
-        work()
-        return perf_counter() - begin
+        step()
+        seconds = perf_counter() - begin
+        after()
+        return seconds
 
-    plain = []
-    if steps == 1:
-        for turn in range(6):
-            start(str(turn))
-            plain.append(timed(prefill))
-            stop(str(turn))
-        start("p")
-        profile.run(prefill)
-        stop("p")
-    else:
-        start("d")
-        prefill()
-        plain += [timed(llm.engine.step) for _ in range(steps)]
-        profile.run(lambda: [llm.engine.step() for _ in range(steps)])
-        plain += [timed(llm.engine.step) for _ in range(steps)]
-        stop("d")
-    step = statistics.median(plain)
+    seconds = statistics.median(run() for _ in range(repeat))
+    profile.run(lambda: [run() for _ in range(repeat)])
+    kernels = {}
+    for name, times in profile.times.items():
+        calls = len(times) // repeat
+        sums = [sum(times[i * calls : (i + 1) * calls]) for i in range(repeat)]
+        kernels[name] = calls, statistics.median(sums)
+    return seconds, kernels
+
+
+def show(title: str, step: float, kernels: dict[str, tuple[int, float]], read: dict[str, int]) -> None:
     print(f"\n{title}: {1e3 * step:.2f} ms a step")
     print(f"{'kernel':42s} {'calls':>6s} {'ms':>8s} {'share':>6s} {'GB/s':>6s}")
-    inside = 0.0
-    for name, times in sorted(profile.times.items(), key=lambda item: -sum(item[1])):
-        calls = len(times) // steps
-        # The median of a kernel's steps: other machines' work shows up as a few slow ones.
-        per_step = [sum(times[i * calls : (i + 1) * calls]) for i in range(steps)]
-        seconds = statistics.median(per_step)
-        inside += seconds
-        rate = f"{weights[name] / seconds / 1e9:6.1f}" if weights.get(name) and steps > 1 else ""
+    for name, (calls, seconds) in sorted(kernels.items(), key=lambda item: -item[1][1]):
+        rate = f"{read[name] / seconds / 1e9:6.1f}" if read.get(name) else ""
         print(f"{name:42s} {calls:6d} {1e3 * seconds:8.3f} {100 * seconds / step:5.1f}% {rate}")
-    print(f"{'outside':42s} {'':6s} {1e3 * (step - inside):8.3f} {100 * (step - inside) / step:5.1f}%")
 
 
 def parse_args() -> argparse.Namespace:
@@ -129,10 +134,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("artifact")
     parser.add_argument("--target", default="auto")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--prompt", type=int, nargs="*", default=[], help="tokens of each prefill to profile")
+    parser.add_argument("--prompt", type=int, nargs="*", default=[], help="tokens of each prefill")
     parser.add_argument("--context", type=int, nargs="*", default=[], help="cached tokens of each decode")
     parser.add_argument("--batch", type=int, nargs="*", default=[], help="sequences of each batched decode")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="steps that are measured for each")
     return parser.parse_args()
 
 
