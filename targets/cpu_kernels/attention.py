@@ -3,8 +3,8 @@
 A task is (split of the keys, kv head, block of consecutive tokens). Within its block it takes one sequence after the
 other; the query heads of a kv head share its keys and values. Two ways, by the number of query rows (tokens x heads):
 - few rows (decode): dot products straight from the pages, V keys at a time, V being the vector length;
-- many rows (prefill): keys (transposed) and values of a block are staged as float32, and two register-tiled products
-  compute scores and outputs for all rows.
+- many rows (prefill): keys (transposed) and values of a block are staged in cache, in the words of the best unit; one
+  register tile of rows after the other then goes through scores, softmax and outputs.
 Few tasks with a long context are split over the keys; a second pass then combines the parts.
 """
 
