@@ -1,6 +1,7 @@
 """The left operand of a product: rows of activations, prepared once, in the form that weights are multiplied with."""
 
 from dataclasses import dataclass
+from functools import reduce
 
 from tvm import tirx
 from tvm.tirx.script import builder as T  # noqa: N812
@@ -136,11 +137,10 @@ def digit_rows(rows: Rows, n: Expr, width: int, fmt: WeightFormat, dot: Int8Dot,
 
 def _split_group(digits: list[Buffer], parts: list[Expr], t: Expr, first: Expr) -> tuple[Expr, Expr]:
     """Store a group's digits; returns (scale, sum of what the digits mean)."""
-    magnitudes = [T.Select(x < splat(0.0, TILE), splat(0.0, TILE) - x, x) for x in parts]
-    largest = magnitudes[0]
-    for magnitude in magnitudes[1:]:
-        largest = tirx.max(largest, magnitude)
-    top = bind(reduce_max(bind(largest)))
+    # As integers: the bits of positive floats are in the order of their values, and NaN, which a maximum of floats may
+    # lose, is the largest. It then is the scale, and so reaches the output.
+    magnitudes = [T.reinterpret(f"int32x{TILE}", x) & splat(T.int32(0x7FFFFFFF), TILE) for x in parts]
+    top = bind(T.reinterpret("float32", reduce_max(bind(reduce(tirx.max, magnitudes)))))
     inverse = bind(T.Select(top > T.float32(0.0), T.float32(127.0) / top, T.float32(0.0)))
     total = splat(0.0, TILE)
     for i, x in enumerate(parts):

@@ -123,6 +123,22 @@ def test_int8_activations_of_zeros_and_of_the_largest_sums(mcpu: str, fmt: Weigh
 
 
 @every_isa
+@pytest.mark.parametrize("fmt", FORMATS + INT8_FORMATS, ids=lambda fmt: fmt.name)
+def test_a_value_that_is_not_finite_spoils_its_row_and_no_other(mcpu: str, fmt: WeightFormat) -> None:
+    """The engine tells of a broken model by its logits, so no kernel may turn NaN into a number."""
+    kernel = build(mcpu, lambda isa: linear(Linear(fmt, 16, 64), isa))
+    stored, _ = random_weight(fmt, 16, 64, np.random.default_rng(0))
+    for rows in (1, 3, 70):
+        for value in (np.nan, np.inf, -np.inf):
+            for column in (0, 17, 63):
+                x, out = np.ones((rows, 64), np.float32), unset(rows, 16)
+                x[-1, column] = value
+                kernel(x, *stored, out)
+                assert not np.isfinite(out[-1]).any()
+                assert np.isfinite(out[:-1]).all()
+
+
+@every_isa
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 def test_embedding(mcpu: str, fmt: WeightFormat) -> None:
     rng = np.random.default_rng(5)
