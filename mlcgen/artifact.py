@@ -4,7 +4,7 @@ manifest.json                        what is in here: model, quantization, entry
 report.json                          how each kernel was made
 tokenizer.json tokenizer_config.json
 weights/model.safetensors            shared by all targets, 64-byte aligned so that it can be memory-mapped
-lib/<target>.so                      compiled code
+lib/<target>.so or .plan             compiled code
 lib/<arch>/libtvm_runtime.so         the runtime library that the code was built for
 """
 
@@ -26,7 +26,7 @@ from mlcgen import safetensors
 from mlcgen.errors import ArtifactError, CheckpointError
 from mlcgen.runtime.executor import StepInput
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST, REPORT = "manifest.json", "report.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 WEIGHTS = "weights/model.safetensors"
@@ -43,16 +43,26 @@ _SCHEMA: dict[str, Any] = {
     "entry": {"name": str, "inputs": [tuple(field.name for field in dataclasses.fields(StepInput))], "weights": [str]},
     "context_length": _SIZE,
     "max_batch": _SIZE,
-    "max_tokens_per_step": _SIZE,
-    "targets": [{"name": str, "kind": str, "arch": str, "features": [str], "executor": str, **_FILE}],
+    "targets": [
+        {
+            "name": str,
+            "kind": str,
+            "arch": str,
+            "features": [str],
+            "executor": str,
+            "max_tokens_per_step": _SIZE,
+            **_FILE,
+        }
+    ],
+    "random_weights": bool,
     "runtime_libraries": [{"arch": str, **_FILE}],
     "weights": [{"bytes": int, **_FILE}],
     "versions": dict,
 }
 
 
-def library_file(target_name: str) -> str:
-    return f"lib/{target_name.replace(':', '-')}.so"
+def library_file(target_name: str, executor: str = "vm") -> str:
+    return f"lib/{target_name.replace(':', '-')}.{'plan' if executor == 'plan' else 'so'}"
 
 
 def runtime_library_file(arch: str) -> str:
@@ -70,7 +80,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}/{MANIFEST}: {problem}; compile the model again")
     for entry in [*manifest["targets"], *manifest["weights"], *manifest["runtime_libraries"]]:
         inside(path, entry["file"])
-    if not manifest["targets"] or not manifest["weights"]:
+    if not manifest["targets"] or not (manifest["weights"] or manifest["random_weights"]):
         raise ArtifactError(f"{path}/{MANIFEST} names no target or no weights; compile the model again")
     return manifest
 

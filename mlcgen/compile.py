@@ -17,6 +17,7 @@ from mlcgen import artifact, passes, report, weights
 from mlcgen.checkpoint import Checkpoint, open_checkpoint
 from mlcgen.errors import CompileError, UnsupportedError
 from mlcgen.formats import QUANTIZATIONS, resolve_kv_dtype
+from mlcgen.launch_plan import launch_plan
 from mlcgen.link import link_library
 from mlcgen.models import parse_config
 from mlcgen.models.config import DecoderConfig
@@ -30,7 +31,7 @@ from mlcgen.runtime.vm_executor import installed_runtime_library
 from mlcgen.targets import resolve
 from mlcgen.targets.base import Target
 
-MAX_TOKENS_PER_STEP = 512
+MAX_LOGIT_ROWS = 512  # of one step: what scoring a text asks for at once, a batch has fewer
 Progress = Callable[[str, int, int], None]
 
 
@@ -77,7 +78,7 @@ def compile(
     progress("reading", 0, 1)
     checkpoint = open_checkpoint(model, weights=not random_weights)
     config = parse_config(checkpoint.config)
-    limits = _limits(config, context_length, max_batch)
+    limits = _limits(config, context_length, max_batch, min(t.max_tokens_per_step for t in resolved))
     layout = _kv_layout(config, quantization, kv_dtype, page_size)
     options = Options(str(model), quantization, *limits, layout, random_weights)
     path = Path(output) if output else Path("dist") / f"{checkpoint.name}-{quantization}"
@@ -112,18 +113,26 @@ def _build(
     plan, fallbacks = weights.storage_plan(options.quantization, shapes, dtypes)
     lifted, reports, entries = None, {}, []
     for target in targets:
+        before = lifted
         lifted, lines = _compile_target(mod, plan, options, target, staging, progress, observe)
+        assert before is None or before.weights == lifted.weights, "targets must store the same weights"
         reports[target.name] = {**lines, "fallbacks": [*target.fallbacks, *fallbacks, *lines["fallbacks"]]}
         entries.append(_target_entry(target, staging))
     assert lifted is not None
-    vm = build_functions(lifted.transform_module, observe)
-    read = weights.random_reader(shapes) if options.random_weights else weights.checkpoint_reader(checkpoint)
-    file = staging / artifact.WEIGHTS
-    weights.convert_weights(lifted, vm, read, file, lambda done, total: progress("weights", done, total))
+    if not _are_made_on_device(options, targets):
+        vm = build_functions(lifted.transform_module, observe)
+        read = weights.random_reader(shapes) if options.random_weights else weights.checkpoint_reader(checkpoint)
+        file = staging / artifact.WEIGHTS
+        weights.convert_weights(lifted, vm, read, file, lambda done, total: progress("weights", done, total))
     _write_tokenizer(checkpoint, staging)
     artifact.write_json(staging / artifact.REPORT, reports)
     manifest = _manifest(checkpoint, config, options, lifted, entries, staging)
     artifact.write_json(staging / artifact.MANIFEST, manifest)
+
+
+def _are_made_on_device(options: Options, targets: Sequence[Target]) -> bool:
+    """Random weights of any size need neither disk nor this machine's memory, where every target can make its own."""
+    return options.random_weights and all(target.executor == "plan" for target in targets)
 
 
 def _compile_target(
@@ -136,9 +145,10 @@ def _compile_target(
     observe: "_Observer",
 ) -> tuple[Lifted, dict[str, Any]]:
     """Passes and code generation; writes the library."""
-    bounds = {"n": MAX_TOKENS_PER_STEP, "rows": MAX_TOKENS_PER_STEP, "seqs": options.max_batch}
+    tokens = target.max_tokens_per_step
+    bounds = {"n": tokens, "rows": min(tokens, MAX_LOGIT_ROWS), "seqs": options.max_batch}
     pass_options = passes.PassOptions(plan, options.kv, bounds)
-    model_passes, lowering = passes.model_pipeline(target, pass_options), passes.lowering_pipeline(bounds)
+    model_passes, lowering = passes.model_pipeline(target, pass_options), passes.lowering_pipeline(target, bounds)
     scheduled: list[IRModule] = []
     done = 0
 
@@ -153,15 +163,23 @@ def _compile_target(
     lifted = lift_weights(passes.run(mod, model_passes, target, observe_pass))
     lowered = passes.run(lifted.forward, lowering, target, observe_pass)
     progress(f"code for {target.name}", 0, 1)
-    link_library(_generate(lowered, target, observe), staging / artifact.library_file(target.name), target.arch)
+    kernels = report.kernels(scheduled[0], len(lifted.weights))
+    file = staging / artifact.library_file(target.name, target.executor)
+    if target.executor == "plan":
+        made, kernels["functions"] = launch_plan(lowered, target, lifted.weights, bounds)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        artifact.write_json(file, made)
+        observe("generate code", lowered)
+    else:
+        link_library(_generate(lowered, target, observe), file, target.arch)
     progress(f"code for {target.name}", 1, 1)
-    return lifted, report.kernels(scheduled[0], len(lifted.weights))
+    return lifted, kernels
 
 
 def build_functions(mod: IRModule, observe: Callable[[str, IRModule], None]) -> Any:
     """A VM on this machine's CPU with the module's functions, for work that belongs to compiling itself."""
     target = resolve("cpu")
-    executable = _generate(passes.run(mod, passes.lowering_pipeline(), target, observe), target, observe)
+    executable = _generate(passes.run(mod, passes.lowering_pipeline(target), target, observe), target, observe)
     return relax.VirtualMachine(executable, tvm.cpu())
 
 
@@ -171,13 +189,13 @@ def _generate(mod: IRModule, target: Target, observe: Callable[[str, IRModule], 
     return executable
 
 
-def _limits(config: DecoderConfig, context: int | None, max_batch: int) -> tuple[int, int]:
+def _limits(config: DecoderConfig, context: int | None, max_batch: int, largest_batch: int) -> tuple[int, int]:
     """(context length, sequences per step), checked."""
     longest = config.max_position_embeddings
     if context is not None and not 1 <= context <= longest:
         raise UnsupportedError(f"--context-length {context} is not between 1 and the model's {longest}")
-    if not 1 <= max_batch <= MAX_TOKENS_PER_STEP:
-        raise UnsupportedError(f"--max-batch {max_batch} is not between 1 and {MAX_TOKENS_PER_STEP}")
+    if not 1 <= max_batch <= largest_batch:
+        raise UnsupportedError(f"--max-batch {max_batch} is not between 1 and {largest_batch}")
     return context or longest, max_batch
 
 
@@ -190,13 +208,14 @@ def _kv_layout(config: DecoderConfig, quantization: str, kv_dtype: str, page_siz
 
 
 def _target_entry(target: Target, staging: Path) -> dict[str, Any]:
-    file = artifact.library_file(target.name)
+    file = artifact.library_file(target.name, target.executor)
     return {
         "name": target.name,
         "kind": target.kind,
         "arch": target.arch,
         "features": list(target.features),
         "executor": target.executor,
+        "max_tokens_per_step": target.max_tokens_per_step,
         "file": file,
         "sha256": artifact.sha256(staging / file),
     }
@@ -210,7 +229,6 @@ def _manifest(
     targets: list[dict[str, Any]],
     staging: Path,
 ) -> dict[str, Any]:
-    file = staging / artifact.WEIGHTS
     func = lifted.forward[FORWARD]
     inputs = [p.name for p in func.params[: len(func.params) - len(lifted.weights)] if not p.name.startswith("pages_")]
     kv = {**dataclasses.asdict(options.kv), "num_layers": config.num_layers}
@@ -222,15 +240,22 @@ def _manifest(
         "kv": kv,
         "context_length": options.context_length,
         "max_batch": options.max_batch,
-        "max_tokens_per_step": MAX_TOKENS_PER_STEP,
         "entry": {"name": FORWARD, "inputs": inputs, "weights": lifted.weights},
         "targets": targets,
         "runtime_libraries": _carry_runtime(targets, staging),
-        "weights": [{"file": artifact.WEIGHTS, "sha256": artifact.sha256(file), "bytes": file.stat().st_size}],
+        "weights": _weight_files(staging),
+        "random_weights": options.random_weights,
         "versions": {name: version(name) for name in ("mlcgen", "apache-tvm", "apache-tvm-ffi")},
         "source": options.source,
         "verify": None,
     }
+
+
+def _weight_files(staging: Path) -> list[dict[str, Any]]:
+    file = staging / artifact.WEIGHTS
+    if not file.exists():
+        return []
+    return [{"file": artifact.WEIGHTS, "sha256": artifact.sha256(file), "bytes": file.stat().st_size}]
 
 
 def _carry_runtime(targets: Sequence[Mapping[str, Any]], staging: Path) -> list[dict[str, Any]]:

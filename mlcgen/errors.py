@@ -5,6 +5,7 @@ __all__ = [
     "BenchError",
     "CheckpointError",
     "CompileError",
+    "DeviceError",
     "MlcgenError",
     "RequestError",
     "TargetError",
@@ -34,6 +35,10 @@ class CompileError(MlcgenError):
 
 class ArtifactError(MlcgenError):
     """A compiled artifact is damaged, of another schema version, or does not fit this machine."""
+
+
+class DeviceError(MlcgenError):
+    """A device failed, or has too little memory: what needed how much."""
 
 
 class RequestError(MlcgenError):

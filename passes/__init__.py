@@ -11,6 +11,7 @@ from mlcgen.passes.fuse_gate_up import fuse_gate_up
 from mlcgen.passes.fuse_linear import fuse_linear
 from mlcgen.passes.fuse_qkv import fuse_qkv
 from mlcgen.passes.fuse_rope import fuse_rope
+from mlcgen.passes.narrow_activations import narrow_activations
 from mlcgen.passes.paged_attention import KvLayout, paged_attention
 from mlcgen.passes.plain_attention import plain_attention
 from mlcgen.passes.quantize import WeightSource, quantize
@@ -33,6 +34,7 @@ class PassOptions:
 def model_pipeline(target: Target, options: PassOptions) -> list[NamedPass]:
     """From the plain model to kernels; what depends on weights alone is still in the function."""
     formats = {source.fmt.name: source.fmt for source in options.sources.values()}
+    operand = "bfloat16" if set(formats) == {"bf16"} else "float16"
 
     def can_stack(names: Sequence[str]) -> bool:
         """Matrices of one storage format may share a buffer."""
@@ -49,6 +51,8 @@ def model_pipeline(target: Target, options: PassOptions) -> list[NamedPass]:
         ("paged_attention", partial(paged_attention, layout=options.kv, target=target)),
         # After paged_attention: rope moves into the kernel that appends to the pages.
         ("fuse_rope", partial(fuse_rope, layout=options.kv, target=target)),
+        # Last: which kernels read a value is known only now.
+        ("narrow_activations", partial(narrow_activations, target=target, preferred=operand)),
     ]
 
 
@@ -57,8 +61,8 @@ def reference_pipeline() -> list[NamedPass]:
     return [("plain_attention", plain_attention)]
 
 
-def lowering_pipeline(bounds: Mapping[str, int] | None = None) -> list[NamedPass]:
-    """From Relax operators to scheduled kernels, planned memory and VM instructions."""
+def lowering_pipeline(target: Target, bounds: Mapping[str, int] | None = None) -> list[NamedPass]:
+    """From Relax operators to scheduled kernels, planned memory and, for the virtual machine, its instructions."""
     transform = relax.transform
 
     def bound_dimensions(mod: IRModule) -> IRModule:
@@ -75,13 +79,18 @@ def lowering_pipeline(bounds: Mapping[str, int] | None = None) -> list[NamedPass
         ("fuse_ops", transform.FuseOps()),
         ("fuse_tir", transform.FuseTIR()),
         # After fusion: a schedule is for the whole kernel.
-        ("schedule", schedule),
+        ("schedule", partial(schedule, target=target)),
         ("to_non_dataflow", transform.ToNonDataflow()),
         ("remove_purity_checking", transform.RemovePurityChecking()),
         ("call_tir_rewrite", transform.CallTIRRewrite()),
         ("bound_dimensions", bound_dimensions),
         ("plan_memory", transform.StaticPlanBlockMemory()),
         ("share_tensors", share_tensors),
+    ]
+    if target.executor == "plan":
+        return passes
+    return [
+        *passes,
         ("lower_alloc_tensor", transform.LowerAllocTensor()),
         ("kill_after_last_use", transform.KillAfterLastUse()),
         ("lower_runtime_builtin", transform.LowerRuntimeBuiltin()),
@@ -89,7 +98,6 @@ def lowering_pipeline(bounds: Mapping[str, int] | None = None) -> list[NamedPass
         ("vm_shape_lower", transform.VMShapeLower()),
         ("attach_global_symbol", transform.AttachGlobalSymbol()),
     ]
-    return passes
 
 
 def run(mod: IRModule, passes: list[NamedPass], target: Target, observe: Callable[[str, IRModule], None]) -> IRModule:

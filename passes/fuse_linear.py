@@ -13,6 +13,7 @@ from mlcgen.passes.quantize import FORMAT
 from mlcgen.passes.rewrite import Rewriter, is_op, rewrite, static_shape
 from mlcgen.targets.base import Linear, Target
 
+GATE_ROWS = 16  # a block of rows that a gate and its up projection are computed in together
 LINEAR = "mlcgen.linear"  # attribute of a linear kernel: the format's name
 
 
@@ -53,10 +54,17 @@ def fuse_linear(mod: IRModule, formats: Mapping[str, WeightFormat], target: Targ
         if weight is None:
             return None
         n, k = weight.shape
-        product = _with_input(rewriter, Linear(weight.fmt, n, k), value.args[0], weight.parts)
+        product = _with_input(rewriter, Linear(weight.fmt, n, k), value.args[0], weight.parts, target)
         result = emit(rewriter, product, [], value.ty)
         products[result] = product
         return result
+
+    def gate(rewriter: Rewriter, value: relax.Call) -> relax.Var | None:
+        gate_up = gate_up_of(rewriter.value, value)
+        product = products.get(gate_up) if target.gates_results and gate_up is not None else None
+        if product is None or value.ty.shape[1] % GATE_ROWS != 0:
+            return None
+        return emit(rewriter, replace(product, spec=replace(product.spec, gates_result=True)), [], value.ty)
 
     def add(rewriter: Rewriter, value: relax.Call) -> relax.Var | None:
         left, right = value.args
@@ -77,6 +85,8 @@ def fuse_linear(mod: IRModule, formats: Mapping[str, WeightFormat], target: Targ
             return matmul(rewriter, value)
         if is_op(value, "relax.add"):
             return add(rewriter, value)
+        if is_op(value, "relax.multiply"):
+            return gate(rewriter, value)
         if is_op(value, "relax.take") and (table := stored(rewriter, value.args[0])) is not None:
             kernel = target.kernels.embedding(table.fmt, *table.shape)
             return rewriter.call_kernel(kernel, [value.args[1], *table.parts], value.ty)
@@ -85,12 +95,14 @@ def fuse_linear(mod: IRModule, formats: Mapping[str, WeightFormat], target: Targ
     return rewrite(mod, rule)
 
 
-def _with_input(rewriter: Rewriter, spec: Linear, x: relax.Expr, parts: list[relax.Expr]) -> _Product:
+def _with_input(
+    rewriter: Rewriter, spec: Linear, x: relax.Expr, parts: list[relax.Expr], target: Target
+) -> _Product:
     """The product, computing its input itself where it can. What others read too is computed once more: it is cheap."""
     value = rewriter.value(x)
     if is_op(value, "relax.nn.rms_norm") and len(value.ty.shape) == 2 and [int(a) for a in value.attrs.axes] == [-1]:
         return _Product(replace(spec, norm_eps=float(value.attrs.epsilon)), list(value.args), parts, [])
-    gate_up = gate_up_of(rewriter.value, value)
+    gate_up = None if target.gates_results else gate_up_of(rewriter.value, value)
     if gate_up is not None:
         return _Product(replace(spec, is_gated=True), [gate_up], parts, [])
     return _Product(spec, [x], parts, [])

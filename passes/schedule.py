@@ -1,27 +1,35 @@
 """Every kernel that no target wrote gets a schedule, and says how in its attribute `mlcgen.how`.
 
-`elementwise` and `rows`: the rules of a CPU, blocks in parallel with vectors inside. A kernel that no rule takes stays
-serial and is reported as a fallback.
+`elementwise` and `rows`: on a CPU, blocks in parallel with vectors inside; on a device of many threads, one thread for
+each element. A kernel that no rule takes stays serial and is reported as a fallback.
 """
+
+from collections.abc import Callable
 
 from tvm import IRModule, tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import ScheduleError
 
+from mlcgen.targets.base import Target
+
 HOW = "mlcgen.how"
 LANES = 16
 
 
-def schedule(mod: IRModule) -> IRModule:
+_Rule = Callable[[tirx.PrimFunc], tirx.PrimFunc | None]
+
+
+def schedule(mod: IRModule, target: Target) -> IRModule:
+    rules = _device_rules(target.block_threads) if target.block_threads else _CPU_RULES
     functions = dict(mod.functions.items())
     for gv, func in functions.items():
         if isinstance(func, tirx.PrimFunc) and not (func.attrs and HOW in func.attrs):
-            functions[gv] = _scheduled(func)
+            functions[gv] = _scheduled(func, rules)
     return IRModule(functions, attrs=mod.attrs)
 
 
-def _scheduled(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    for how, rule in (("rule: elementwise", _elementwise), ("rule: rows", _rows)):
+def _scheduled(func: tirx.PrimFunc, rules: dict[str, _Rule]) -> tirx.PrimFunc:
+    for how, rule in rules.items():
         try:
             new = rule(func)
         except ScheduleError:  # the rule does not fit this kernel
@@ -61,6 +69,32 @@ def _rows(func: tirx.PrimFunc) -> tirx.PrimFunc | None:
             return None
         sch.parallel(sch.get_loops(block)[0])
     return sch.mod["main"] if blocks else None
+
+
+_CPU_RULES: dict[str, _Rule] = {"rule: elementwise": _elementwise, "rule: rows": _rows}
+
+
+def _device_rules(threads: int) -> dict[str, _Rule]:
+    """The spatial loops of each block, all as one, bound to blocks of `threads` threads; a reduction stays serial."""
+
+    def elementwise(func: tirx.PrimFunc) -> tirx.PrimFunc | None:
+        sch = Schedule(func)
+        blocks = _blocks(sch)
+        while len(blocks) > 1 and _is_spatial(sch, blocks[0]):
+            sch.compute_inline(blocks.pop(0))
+        if len(blocks) != 1:
+            return None
+        iters = sch.get(blocks[0]).iter_vars
+        loops = sch.get_loops(blocks[0])
+        spatial = [loop for loop, i in zip(loops, iters, strict=True) if int(i.iter_type) == tirx.IterVar.DataPar]
+        if not spatial or spatial != loops[: len(spatial)]:
+            return None
+        outer, inner = sch.split(sch.fuse(*spatial), [None, threads])
+        sch.bind(outer, "blockIdx.x")
+        sch.bind(inner, "threadIdx.x")
+        return sch.mod["main"]
+
+    return {"rule: elementwise": elementwise}
 
 
 def _blocks(sch: Schedule) -> list[object]:

@@ -1,10 +1,11 @@
-"""Targets by name: `cpu`, `cpu:x86-64-v3`, `cpu:aarch64`, …"""
+"""Targets by name: `cpu`, `cpu:x86-64-v3`, `cpu:aarch64`, `cuda:sm_90`, …"""
 
 from mlcgen.errors import TargetError
 from mlcgen.targets.base import Target
 from mlcgen.targets.cpu import cpu_target
+from mlcgen.targets.cuda import cuda_target
 
-TARGETS = {"cpu": cpu_target}
+TARGETS = {"cpu": cpu_target, "cuda": cuda_target}
 
 
 def resolve(name: str) -> Target:

@@ -8,19 +8,21 @@ from mlcgen.formats import WeightFormat
 
 @dataclass(frozen=True)
 class Linear:
-    """out (n, N) f32 = f(x) W^T [+ bias] [+ residual]: a product with a stored matrix and what stands around it."""
+    """out (n, N) = g(f(x) W^T [+ bias]) [+ residual]: a product with a stored matrix and what stands around it."""
 
     fmt: WeightFormat
     out_features: int  # N
     in_features: int  # K
     norm_eps: float | None = None  # f(x) = x / rms(x) * weight; the weight (K,) is an argument after x
     is_gated: bool = False  # f(x) = silu(gate) * up, x (n, 2 * K) holding the gate first
+    gates_result: bool = False  # g(gate up) = silu(gate) * up, out (n, N / 2); else g is the identity
     has_bias: bool = False  # (N,)
     has_residual: bool = False  # (n, N)
 
     @property
     def name(self) -> str:
-        around = {"norm": self.norm_eps is not None, "gated": self.is_gated, "residual": self.has_residual}
+        around = {"norm": self.norm_eps is not None, "gated": self.is_gated}
+        around |= {"swiglu": self.gates_result, "residual": self.has_residual}
         return "_".join(["linear", self.fmt.name, *(name for name, present in around.items() if present)])
 
 
@@ -54,4 +56,8 @@ class Target:
     features: tuple[str, ...] = ()  # what the machine must have to run the result
     arch: str = "x86_64"
     fallbacks: tuple[str, ...] = field(default=(), compare=False)  # what this machine has and cannot use, in words
+    max_tokens_per_step: int = 512
+    has_narrow_activations: bool = False  # 16-bit floats between kernels that allow it, else float32 everywhere
+    gates_results: bool = False  # SwiGLU ends the product before it, else it begins the one after it
+    block_threads: int = 0  # threads of a block for kernels that no target wrote; 0: a CPU's loops instead
     kernels: Kernels = field(compare=False, kw_only=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from mlcgen.checkpoint.base import Checkpoint
 from mlcgen.checkpoint.gguf import open_gguf
 from mlcgen.checkpoint.hf import open_hf
+from mlcgen.checkpoint.presets import PRESETS, open_preset
 from mlcgen.errors import CheckpointError, UnsupportedError
 
 
@@ -42,11 +43,13 @@ def open_checkpoint(source: str | Path, weights: bool = True) -> Checkpoint:
         return _open_file(path)
     if name in MODEL_PACKAGES:
         return replace(open_gguf(_package_file(name)), name=name)
+    if name in PRESETS:
+        return open_preset(name, weights)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return replace(open_hf(_download(name, weights), weights), name=name.split("/")[1])
-    have = ", ".join(MODEL_PACKAGES)
+    have = ", ".join([*MODEL_PACKAGES, *PRESETS])
     raise CheckpointError(
-        f"no model {name[:100]!r}: not a directory, .gguf file, installed model ({have}) or hub id org/name"
+        f"no model {name[:100]!r}: not a directory, .gguf file, named model ({have}) or hub id org/name"
     )
 
 

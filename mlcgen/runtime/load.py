@@ -1,5 +1,7 @@
 """From an artifact's path to an executor that is ready to run: choose a target, check the files, map the weights."""
 
+import base64
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -9,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from mlcgen import artifact
-from mlcgen.errors import ArtifactError, TargetError
+from mlcgen.errors import ArtifactError, DeviceError, TargetError
+from mlcgen.runtime import cuda
 from mlcgen.runtime.cpu import host_arch, host_features
 from mlcgen.runtime.executor import Executor
 from mlcgen.runtime.vm_executor import KV_STORAGE, VmExecutor, load_runtime_library
@@ -34,25 +37,68 @@ def load_executor(
     num_pages: int | None = None,
     max_batch: int | None = None,
     num_threads: int | None = None,
+    memory_utilization: float = 0.9,
 ) -> LoadedModel:
     """Load the artifact at `path`. num_pages: pages of the KV cache; None takes what the batch can use, at most half
-    of the free memory. Raises ArtifactError for damage, TargetError where nothing in it runs here."""
+    of the free memory, or of a GPU's memory what `memory_utilization` of all leaves after weights and workspace. Raises ArtifactError for damage, TargetError where nothing in it runs here."""
     manifest = artifact.read_manifest(path)
     entry = choose_target(manifest["targets"], target)
     library = artifact.check_hash(path, entry)
-    weights = artifact.map_weights(artifact.check_hash(path, manifest["weights"][0]))
-    missing = [name for name in manifest["entry"]["weights"] if name not in weights]
+    weights = artifact.map_weights(artifact.check_hash(path, manifest["weights"][0])) if manifest["weights"] else None
+    missing = [name for name in manifest["entry"]["weights"] if weights is not None and name not in weights]
     if missing:
         raise ArtifactError(f"{path} lacks the tensor {missing[0]!r}; compile the model again")
-    load_runtime_library(_carried_runtime(path, manifest))
     batch = _batch(manifest, max_batch)
-    pages = num_pages or default_num_pages(manifest, batch)
-    executor = VmExecutor(library, manifest, weights, pages, num_threads)
+    executor: Executor
+    if entry["executor"] == "plan":
+        executor = _plan_executor(library, manifest, weights, num_pages, batch, memory_utilization)
+    else:
+        if weights is None:
+            raise ArtifactError(f"{path} has no weights, and {entry['name']} cannot make random ones")
+        load_runtime_library(_carried_runtime(path, manifest))
+        pages = num_pages or default_num_pages(manifest, batch)
+        limit = int(entry["max_tokens_per_step"])
+        executor = VmExecutor(library, manifest, weights, pages, limit, num_threads)
     config = artifact.read_tokenizer_config(path)
     eos = [int(token) for token in manifest["model"].get("eos_token_ids", [])]
     return LoadedModel(
         executor, artifact.tokenizer_path(path), config, eos, manifest["context_length"], batch, entry["name"]
     )
+
+
+def _plan_executor(
+    plan_file: Path,
+    manifest: Mapping[str, Any],
+    weights: Mapping[str, Any] | None,
+    num_pages: int | None,
+    max_batch: int,
+    memory_utilization: float,
+) -> Executor:
+    from mlcgen.runtime import device_weights
+    from mlcgen.runtime.cuda import CudaDevice
+    from mlcgen.runtime.plan_executor import PlanExecutor, function_names
+
+    plan = json.loads(plan_file.read_text())
+    device = CudaDevice()
+    functions = function_names(plan) | dict.fromkeys((*device_weights.FUNCTIONS, "argmax_rows"), 0)
+    device.load(base64.b64decode(plan["module"]), functions)
+    if weights is None:
+        addresses = device_weights.make_random_weights(device, plan["weights"])
+    else:
+        addresses = device_weights.upload_weights(device, plan["weights"], weights)
+    if num_pages is None:
+        free, total = device.memory()
+        workspace = sum(plan["storages"]) + plan["scratch"]
+        left = int(memory_utilization * total) - (total - free) - workspace
+        affordable = left // page_bytes(manifest["kv"])
+        if affordable < 1:
+            raise DeviceError(
+                f"{memory_utilization:.0%} of the GPU's {total / 2**30:.1f} GiB leave no room for KV pages: "
+                f"{(total - free) / 2**30:.2f} GiB are in use (weights and other programs), kernels need "
+                f"{workspace / 2**30:.2f}; raise --gpu-memory-utilization or free memory"
+            )
+        num_pages = min(affordable, useful_pages(manifest, max_batch))
+    return PlanExecutor(device, plan, manifest, addresses, num_pages)
 
 
 def _batch(manifest: Mapping[str, Any], wanted: int | None) -> int:
@@ -74,11 +120,14 @@ def choose_target(entries: Sequence[Mapping[str, Any]], wanted: str) -> Mapping[
     if not able:
         reasons = "; ".join(f"{name}: {why}" for name, why in problems.items() if wanted in ("auto", name))
         raise TargetError(f"this artifact has no target that runs here ({reasons}); compile it for this machine")
-    return max(able, key=lambda e: len(e.get("features", ())))
+    # A GPU before the CPU; of several for one CPU the one that uses most of it.
+    return max(able, key=lambda e: (e.get("kind") != "cpu", len(e.get("features", ()))))
 
 
 def cannot_run(entry: Mapping[str, Any]) -> str | None:
     """Why this machine cannot run a target's entry, or None."""
+    if entry.get("kind") == "cuda":
+        return _cannot_run_cuda(entry)
     machine = host_arch()
     if entry.get("executor") != "vm":
         return f"executor {entry.get('executor')!r} is not in this version"
@@ -88,6 +137,13 @@ def cannot_run(entry: Mapping[str, Any]) -> str | None:
     return f"this CPU has no {', '.join(missing)}" if missing else None
 
 
+def _cannot_run_cuda(entry: Mapping[str, Any]) -> str | None:
+    if reason := cuda.missing():
+        return reason
+    found = cuda.compute_capability()
+    return None if found == entry.get("arch") else f"needs {entry.get('arch')}, this GPU is {found}"
+
+
 def page_bytes(kv: Mapping[str, Any]) -> int:
     """Bytes of one page over all layers."""
     shape = (kv["num_layers"], 2, kv["num_kv_heads"], kv["page_size"], kv["head_dim"])
@@ -95,9 +151,13 @@ def page_bytes(kv: Mapping[str, Any]) -> int:
 
 
 def default_num_pages(manifest: Mapping[str, Any], max_batch: int) -> int:
-    useful = max_batch * -(-int(manifest["context_length"]) // int(manifest["kv"]["page_size"]))
     affordable = int(free_memory() * MEMORY_SHARE) // page_bytes(manifest["kv"])
-    return max(1, min(useful, affordable))
+    return max(1, min(useful_pages(manifest, max_batch), affordable))
+
+
+def useful_pages(manifest: Mapping[str, Any], max_batch: int) -> int:
+    """Pages that a full batch of the longest sequences fills."""
+    return max_batch * -(-int(manifest["context_length"]) // int(manifest["kv"]["page_size"]))
 
 
 def free_memory() -> int:

@@ -72,6 +72,7 @@ class VmExecutor:
         manifest: Mapping[str, Any],
         weights: Mapping[str, npt.NDArray[Any]],
         num_pages: int,
+        max_tokens_per_step: int,
         num_threads: int | None = None,
     ) -> None:
         threads = num_threads or usable_cores()
@@ -82,7 +83,7 @@ class VmExecutor:
         model, kv = manifest["model"], manifest["kv"]
         self.num_pages, self.page_size = num_pages, int(kv["page_size"])
         self.vocab_size = int(model["vocab_size"])
-        self.max_tokens_per_step = int(manifest["max_tokens_per_step"])
+        self.max_tokens_per_step = max_tokens_per_step
         self._vm = tvm_ffi.load_module(str(library))["vm_load_executable"]()
         self._vm["vm_initialization"](_CPU, 0, _POOLED)
         self._forward = self._vm[manifest["entry"]["name"]]

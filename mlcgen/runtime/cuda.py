@@ -1,0 +1,251 @@
+"""An NVIDIA GPU through the driver's own C API (libcuda): no toolkit, no CUDA runtime, no TVM.
+
+The functions are documented in NVIDIA's CUDA Driver API; names here follow it.
+"""
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlcgen.errors import DeviceError, TargetError
+
+Address = int
+_U64, _SIZE, _PTR, _INT, _UINT = ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint
+
+_OUT_OF_MEMORY = 2
+_MAJOR, _MINOR, _MULTIPROCESSORS = 75, 76, 16  # CUdevice_attribute
+_MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
+_CAPTURE_RELAXED = 2
+_NON_BLOCKING = 1
+_NO_TIMING = 2
+_OVERLAPS = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute: an id, padding, and a union of 64 bytes
+    _fields_ = [("id", _INT), ("pad", ctypes.c_char * 4), ("value", _INT), ("rest", ctypes.c_char * 60)]
+
+
+class _Config(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = [
+        *((name, _UINT) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", _PTR),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", _UINT),
+    ]
+
+
+@functools.cache
+def _driver() -> Any | None:
+    """The driver's library, initialised; None where there is no driver or no GPU."""
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        with contextlib.suppress(OSError):
+            library = ctypes.CDLL(name)
+            return library if library.cuInit(0) == 0 else None
+    return None
+
+
+def missing() -> str | None:
+    """Why no CUDA device can be used here, or None."""
+    if _driver() is not None:
+        return None
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1")
+        return "the NVIDIA driver finds no GPU"
+    return "no NVIDIA driver (libcuda.so.1) is installed"
+
+
+def compute_capability(device: int = 0) -> str | None:
+    """This machine's GPU as "sm_90" and the like, or None."""
+    library = _driver()
+    if library is None:
+        return None
+    value = _INT()
+    digits = []
+    for attribute in (_MAJOR, _MINOR):
+        if library.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+            return None
+        digits.append(value.value)
+    return f"sm_{digits[0]}{digits[1]}"
+
+
+class CudaDevice:
+    """One GPU with its primary context, one stream, and the memory that was taken from it."""
+
+    def __init__(self, ordinal: int = 0) -> None:
+        """Raises TargetError where there is no driver or no such GPU."""
+        library = _driver()
+        if library is None:
+            raise TargetError(f"{missing()}; run on another target")
+        self._cuda = library
+        library.cuGetErrorName.argtypes = [_INT, ctypes.POINTER(ctypes.c_char_p)]
+        library.cuMemcpyHtoDAsync_v2.argtypes = [_U64, _PTR, _SIZE, _PTR]
+        library.cuMemcpyDtoHAsync_v2.argtypes = [_PTR, _U64, _SIZE, _PTR]
+        library.cuMemsetD8Async.argtypes = [_U64, ctypes.c_ubyte, _SIZE, _PTR]
+        library.cuMemFree_v2.argtypes = [_U64]
+        library.cuMemAlloc_v2.argtypes = [ctypes.POINTER(_U64), _SIZE]
+        library.cuMemHostAlloc.argtypes = [ctypes.POINTER(_PTR), _SIZE, _UINT]
+        library.cuGraphLaunch.argtypes = [_PTR, _PTR]
+        library.cuLaunchKernelEx.argtypes = [ctypes.POINTER(_Config), _PTR, ctypes.POINTER(_PTR), _PTR]
+        device, context = _INT(), _PTR()
+        self._check("cuDeviceGet", library.cuDeviceGet(ctypes.byref(device), ordinal))
+        self._device = device.value
+        self._check("cuDevicePrimaryCtxRetain", library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+        self._context = context
+        self._check("cuCtxSetCurrent", library.cuCtxSetCurrent(context))
+        self._stream = _PTR()
+        self._check("cuStreamCreate", library.cuStreamCreate(ctypes.byref(self._stream), _NON_BLOCKING))
+        self._events = [self._new_event(), self._new_event()]
+        self._functions: dict[str, tuple[_PTR, int]] = {}
+        self._module = _PTR()
+
+    @property
+    def name(self) -> str:
+        buffer = ctypes.create_string_buffer(256)
+        self._check("cuDeviceGetName", self._cuda.cuDeviceGetName(buffer, 256, self._device))
+        return buffer.value.decode()
+
+    @property
+    def num_multiprocessors(self) -> int:
+        value = _INT()
+        self._check(
+            "cuDeviceGetAttribute",
+            self._cuda.cuDeviceGetAttribute(ctypes.byref(value), _MULTIPROCESSORS, self._device),
+        )
+        return value.value
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes."""
+        free, total = _SIZE(), _SIZE()
+        self._check("cuMemGetInfo", self._cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)))
+        return free.value, total.value
+
+    def attach(self) -> None:
+        """Make the device current in this thread; each thread that uses it calls this once."""
+        self._check("cuCtxSetCurrent", self._cuda.cuCtxSetCurrent(self._context))
+
+    def allocate(self, num_bytes: int, purpose: str) -> Address:
+        """Zeroed memory. Raises DeviceError that names the purpose where there is not enough."""
+        address = _U64()
+        status = self._cuda.cuMemAlloc_v2(ctypes.byref(address), max(num_bytes, 16))
+        if status == _OUT_OF_MEMORY:
+            free, total = self.memory()
+            raise DeviceError(
+                f"the GPU has no room for the {purpose}: {num_bytes / 2**30:.2f} GiB wanted, {free / 2**30:.2f} of "
+                f"{total / 2**30:.2f} GiB free; lower num_pages, --gpu-memory-utilization or max_batch"
+            )
+        self._check("cuMemAlloc", status)
+        self._check("cuMemsetD8Async", self._cuda.cuMemsetD8Async(address, 0, max(num_bytes, 16), self._stream))
+        return address.value
+
+    def free(self, address: Address) -> None:
+        self._check("cuMemFree", self._cuda.cuMemFree_v2(address))
+
+    def pinned(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Host memory that copies to and from the device run beside everything else; kept for good."""
+        pointer = _PTR()
+        self._check("cuMemHostAlloc", self._cuda.cuMemHostAlloc(ctypes.byref(pointer), max(num_bytes, 16), 0))
+        assert pointer.value is not None
+        raw = (ctypes.c_uint8 * num_bytes).from_address(pointer.value)
+        return np.frombuffer(raw, np.uint8)
+
+    def upload(self, to: Address, array: npt.NDArray[Any]) -> None:
+        """Start copying; pinned memory must stay as it is until `synchronize`."""
+        if array.nbytes:
+            self._check(
+                "cuMemcpyHtoDAsync",
+                self._cuda.cuMemcpyHtoDAsync_v2(to, array.ctypes.data, array.nbytes, self._stream),
+            )
+
+    def download(self, to: npt.NDArray[Any], source: Address) -> None:
+        """Start copying; the array is valid after `synchronize`."""
+        if to.nbytes:
+            self._check(
+                "cuMemcpyDtoHAsync", self._cuda.cuMemcpyDtoHAsync_v2(to.ctypes.data, source, to.nbytes, self._stream)
+            )
+
+    def mark_copy(self, which: int) -> None:
+        """Remember what has been started so far as copy 0 or 1, for `wait_for_copy`."""
+        self._check("cuEventRecord", self._cuda.cuEventRecord(self._events[which], self._stream))
+
+    def wait_for_copy(self, which: int) -> None:
+        self._check("cuEventSynchronize", self._cuda.cuEventSynchronize(self._events[which]))
+
+    def _new_event(self) -> _PTR:
+        event = _PTR()
+        self._check("cuEventCreate", self._cuda.cuEventCreate(ctypes.byref(event), _NO_TIMING))
+        return event
+
+    def synchronize(self) -> None:
+        """Wait for all that was started. Raises DeviceError for what failed in it."""
+        self._check("cuStreamSynchronize", self._cuda.cuStreamSynchronize(self._stream))
+
+    def load(self, module: bytes, shared_bytes: dict[str, int]) -> None:
+        """Load machine code; `shared_bytes`: of dynamic shared memory, at most, for each function."""
+        self._check("cuModuleLoadData", self._cuda.cuModuleLoadData(ctypes.byref(self._module), module))
+        for name, shared in shared_bytes.items():
+            function = _PTR()
+            self._check(
+                f"cuModuleGetFunction({name})",
+                self._cuda.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()),
+            )
+            if shared > 48 << 10:
+                self._check(
+                    "cuFuncSetAttribute", self._cuda.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared)
+                )
+            self._functions[name] = (function, shared)
+
+    def launch(
+        self, name: str, grid: Sequence[int], block: int, shared: int, args: Sequence[Any], overlaps: bool = False
+    ) -> None:
+        """Start a kernel. args: ctypes values. overlaps: it waits itself for what came before it in the stream."""
+        pointers = (_PTR * len(args))(*(ctypes.addressof(arg) for arg in args))
+        config = _Config(*grid, block, 1, 1, shared, self._stream, _OVERLAPPING, int(overlaps))
+        function, _ = self._functions[name]
+        status = self._cuda.cuLaunchKernelEx(ctypes.byref(config), function, pointers, None)
+        if status:
+            self._check(f"launch of {name} with grid {tuple(grid)}, {block} threads, {shared} bytes", status)
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator["Graph"]:
+        """What is started inside is recorded, not run: launch the graph afterwards, as often as wanted."""
+        graph = Graph(self)
+        self._check("cuStreamBeginCapture", self._cuda.cuStreamBeginCapture_v2(self._stream, _CAPTURE_RELAXED))
+        recorded = _PTR()
+        try:
+            yield graph
+        except BaseException:
+            self._cuda.cuStreamEndCapture(self._stream, ctypes.byref(recorded))
+            raise
+        self._check("cuStreamEndCapture", self._cuda.cuStreamEndCapture(self._stream, ctypes.byref(recorded)))
+        self._check(
+            "cuGraphInstantiate",
+            self._cuda.cuGraphInstantiateWithFlags(ctypes.byref(graph.executable), recorded, _U64(0)),
+        )
+        self._cuda.cuGraphDestroy(recorded)
+
+    def launch_graph(self, graph: "Graph") -> None:
+        status = self._cuda.cuGraphLaunch(graph.executable, self._stream)
+        if status:
+            self._check("cuGraphLaunch", status)
+
+    def _check(self, call: str, status: int) -> None:
+        if status:
+            text = ctypes.c_char_p()
+            self._cuda.cuGetErrorName(status, ctypes.byref(text))
+            raise DeviceError(f"CUDA: {call} failed with {(text.value or b'?').decode()} ({status})")
+
+
+class Graph:
+    """A recorded sequence of copies and kernels."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self.executable = _PTR()
+
+
+_OVERLAPPING = (_Attribute * 1)(_Attribute(_OVERLAPS, b"", 1, b""))

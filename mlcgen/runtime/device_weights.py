@@ -1,0 +1,84 @@
+"""An artifact's weights into a device's memory, through pinned memory, put in the order that kernels read them in."""
+
+import ctypes
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlcgen.runtime.cuda import Address, CudaDevice
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "uint16": 2, "uint8": 1}
+CHUNK = 64 << 20  # bytes of one copy; two are under way
+FUNCTIONS = ("untile_2", "untile_4", "random_uint8", "random_float16", "random_uint16", "random_float32")
+
+
+def upload_weights(
+    device: CudaDevice, specs: Mapping[str, Mapping[str, Any]], weights: Mapping[str, npt.NDArray[Any]]
+) -> dict[str, Address]:
+    """name -> where it lies on the device. specs: the plan's `weights`."""
+    staging = _Staging(device)
+    largest = max((_num_bytes(spec) for spec in specs.values() if spec["is_tiled"]), default=0)
+    tiled = device.allocate(largest, "weights in the file's order")
+    found = {}
+    for name, spec in specs.items():
+        found[name] = device.allocate(_num_bytes(spec), "weights")
+        staging.copy(tiled if spec["is_tiled"] else found[name], weights[name])
+        if spec["is_tiled"]:
+            _untile(device, spec, tiled, found[name])
+    device.synchronize()
+    device.free(tiled)
+    return found
+
+
+def make_random_weights(device: CudaDevice, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Address]:
+    """Weights for measuring, made on the device: N(0, 0.02) where the order of values does not matter, norms of one."""
+    found = {}
+    for seed, (name, spec) in enumerate(specs.items()):
+        found[name] = device.allocate(_num_bytes(spec), "weights")
+        is_norm = len(spec["shape"]) == 1
+        mean, deviation = (float("norm" in name), 0.0) if is_norm else (0.0, 0.02)
+        if name.endswith((".scale", ".minimum")):
+            mean, deviation = (0.004 if name.endswith(".scale") else -0.03), 0.0005
+        args = [
+            ctypes.c_uint64(found[name]),
+            ctypes.c_int64(prod(spec["shape"])),
+            ctypes.c_float(mean),
+            ctypes.c_float(deviation),
+            ctypes.c_int32(seed),
+        ]
+        device.launch(f"random_{spec['dtype']}", (1024, 1, 1), 256, 0, args)
+    device.synchronize()
+    return found
+
+
+def _untile(device: CudaDevice, spec: Mapping[str, Any], tiled: Address, to: Address) -> None:
+    tiles, columns, _ = spec["shape"]
+    args = [ctypes.c_uint64(tiled), ctypes.c_uint64(to), ctypes.c_int32(columns)]
+    device.launch(f"untile_{ITEM_BYTES[spec['dtype']]}", (-(-columns // 64), tiles, 1), 256, 0, args)
+
+
+def _num_bytes(spec: Mapping[str, Any]) -> int:
+    return prod(spec["shape"]) * ITEM_BYTES[spec["dtype"]]
+
+
+class _Staging:
+    """Two pinned buffers: while one is copied to the device, the other is filled from the file."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self._buffers = [device.pinned(CHUNK) for _ in range(2)]
+        self._turn = 0
+
+    def copy(self, to: Address, array: npt.NDArray[Any]) -> None:
+        raw = array.reshape(-1).view(np.uint8)
+        for start in range(0, raw.nbytes, CHUNK):
+            part = raw[start : start + CHUNK]
+            buffer = self._buffers[self._turn][: part.nbytes]
+            self._device.wait_for_copy(self._turn)
+            buffer[:] = part
+            self._device.upload(to + start, buffer)
+            self._device.mark_copy(self._turn)
+            self._turn = 1 - self._turn

@@ -1,0 +1,225 @@
+// Causal attention of chunks of tokens over their paged caches: several sequences, each with any number of new tokens.
+//
+// Rows are (token, head of the group) pairs, so that one tile of keys and values serves all heads of a group, and a
+// sequence with a single new token still fills rows. A block takes WARPS * BLOCKS * 16 rows of one sequence and one
+// key/value head and goes through the tiles of KEYS keys that they see, the copy of the next tile behind the
+// products of this one. Tiles wholly after a warp's rows, or before their windows, are skipped; only tiles that some
+// row sees in part are masked.
+//
+// Grid (KV, tiles): tile counts are known on the device only, so the host launches row_tiles(tokens, sequences) of
+// them, enough for any lengths, and those without rows leave.
+#pragma once
+#include "attention_parts.cuh"
+
+template <class A, int WARPS, int BLOCKS, int KEYS> struct PrefillShape {
+  static constexpr int THREADS = WARPS * WARP, ROWS = WARPS * BLOCKS * 16, PAGES = PAGES_OF_TILE<A, KEYS>;
+  // Query fragments stay in registers where the accumulators leave room for them.
+  static constexpr bool QUERIES_IN_REGISTERS = BLOCKS == 1 && A::D <= 128;
+};
+
+// Shared memory of a block.
+template <class A, class Shape, int KEYS> struct PrefillTiles {
+  using T = typename A::Number;
+  T queries[Shape::ROWS * A::D];
+  T keys[2][KEYS * A::D], values[2][KEYS * A::D];
+  i32 page_numbers[2][Shape::PAGES];
+};
+template <class A, int WARPS, int BLOCKS, int KEYS>
+constexpr int PREFILL_SHARED_BYTES = sizeof(PrefillTiles<A, PrefillShape<A, WARPS, BLOCKS, KEYS>, KEYS>);
+
+// Sequence s owns the grid's tiles first_row_tile(s) .. first_row_tile(s + 1) - 1: at least as many as its rows fill,
+// and known without a sum over the sequences before it.
+template <class A, int ROWS> DEVICE int first_row_tile(const i32* query_start, int s) {
+  return query_start[s] * A::GROUP / ROWS + s;
+}
+
+// The rows of a block, rows first .. last - 1 of the sequence's.
+struct RowTile {
+  int sequence;  // -1: no rows
+  int first_token, tokens;  // of the sequence, among all new tokens
+  int first, last;
+};
+
+template <class A, int ROWS, int THREADS> DEVICE RowTile find_rows(const i32* query_start, int sequences, int tile) {
+  __shared__ int found;
+  if (threadIdx.x == 0) found = -1;
+  __syncthreads();
+  auto first_tile = [&](int s) { return first_row_tile<A, ROWS>(query_start, s); };
+  for (int s = threadIdx.x; s < sequences; s += THREADS)
+    if (first_tile(s) <= tile && tile < first_tile(s + 1)) found = s;
+  __syncthreads();
+  int s = found;
+  if (s < 0) return {-1, 0, 0, 0, 0};
+  int first_token = query_start[s], tokens = query_start[s + 1] - first_token, rows = tokens * A::GROUP;
+  int first = (tile - first_tile(s)) * ROWS;
+  if (first >= rows) return {-1, 0, 0, 0, 0};
+  return {s, first_token, tokens, first, first + ROWS < rows ? first + ROWS : rows};
+}
+
+// Copies the block's query rows to shared memory; rows beyond the sequence's become zeros. `q` is at the first token
+// of the sequence and the first head of the group.
+template <class A, int ROWS, int THREADS>
+DEVICE void load_queries(typename A::Number* to, const typename A::Activation* q, const RowTile& rows) {
+  using T = typename A::Number;
+  using Activation = typename A::Activation;
+  constexpr int CHUNKS = A::D / 8;
+#pragma unroll 4
+  for (u32 i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
+    int row = i / CHUNKS, chunk = i % CHUNKS, token = u32(rows.first + row) / A::GROUP;
+    int head = u32(rows.first + row) % A::GROUP;
+    uint4 v = {0, 0, 0, 0};
+    if (rows.first + row < rows.last)
+      v = *reinterpret_cast<const uint4*>(q + (i64(token) * A::HEADS + head) * A::D + chunk * 8);
+    u32 eight[4] = {v.x, v.y, v.z, v.w};
+    for (u32& two : eight) {
+      float2 f = unpack<Activation>(two);
+      two = pack<T>(f.x, f.y);
+    }
+    *reinterpret_cast<uint4*>(chunk_at<A::D>(to, row, chunk)) = {eight[0], eight[1], eight[2], eight[3]};
+  }
+}
+
+// Positions in the sequence of the rows of a lane, and of the first and last row of its warp; last = -1: no rows, and
+// so no key to see.
+template <int BLOCKS> struct RowPositions {
+  int of[BLOCKS][2];
+  int first, last;
+};
+template <class A, int BLOCKS>
+DEVICE RowPositions<BLOCKS> row_positions(const RowTile& rows, int cached, int warp, int lane) {
+  int first = rows.first + warp * BLOCKS * 16;
+  // Rows past the last stand for it: what they compute is dropped.
+  auto position = [&](int row) { return cached + int(u32(row < rows.last ? row : rows.last - 1) / A::GROUP); };
+  RowPositions<BLOCKS> p;
+  for (int block = 0; block < BLOCKS; block++)
+    for (int half = 0; half < 2; half++) p.of[block][half] = position(first + block * 16 + half * 8 + lane / 4);
+  p.first = position(first), p.last = first < rows.last ? position(first + BLOCKS * 16 - 1) : -1;
+  return p;
+}
+
+template <class A, int TILES, int BLOCKS>
+DEVICE void mask_unseen(float (&scores)[BLOCKS][TILES][4], const RowPositions<BLOCKS>& positions, int first_key,
+                        int lane) {
+#pragma unroll
+  for (int block = 0; block < BLOCKS; block++)
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        int key = first_key + n * 8 + lane % 4 * 2 + i % 2, position = positions.of[block][i / 2];
+        if (key > position || (A::WINDOW && key <= position - A::WINDOW)) scores[block][n][i] = MASKED;
+      }
+}
+
+// One tile of keys for the rows of a warp.
+template <class A, int KEYS, int BLOCKS, class Queries>
+DEVICE void prefill_tile(Softmax<A::D, BLOCKS>& state, const Queries& queries, const typename A::Number* keys,
+                         const typename A::Number* values, const RowPositions<BLOCKS>& positions, int first_key,
+                         const Logits& l, int lane) {
+  int last_key = first_key + KEYS - 1;
+  if (first_key > positions.last || (A::WINDOW && last_key <= positions.first - A::WINDOW)) return;
+  float scores[BLOCKS][KEYS / 8][4];
+  multiply_keys<A::D, KEYS>(scores, queries, keys, lane);
+  cap_scores<A>(scores, l);
+  if (last_key > positions.first || (A::WINDOW && first_key <= positions.last - A::WINDOW))
+    mask_unseen<A>(scores, positions, first_key, lane);
+  scores_to_weights<false>(state, scores, l.factor);
+  multiply_values<A::D, KEYS>(state.out, scores, values, lane);
+}
+
+// `out` is at the first token of the sequence and the first head of the group.
+template <class A, int BLOCKS>
+DEVICE void store_rows(typename A::Activation* out, const Softmax<A::D, BLOCKS>& state, const RowTile& rows, int warp,
+                       int lane) {
+#pragma unroll
+  for (int block = 0; block < BLOCKS; block++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float by = 1 / row_sum(state.total[block][half]);
+      int row = rows.first + (warp * BLOCKS + block) * 16 + half * 8 + lane / 4;
+      if (row >= rows.last) continue;
+      i64 at = i64(u32(row) / A::GROUP) * A::HEADS + u32(row) % A::GROUP;
+#pragma unroll
+      for (int n = 0; n < A::D / 8; n++) {
+        const float(&v)[4] = state.out[block][n];
+        *reinterpret_cast<u32*>(out + at * A::D + n * 8 + lane % 4 * 2) =
+            pack<typename A::Activation>(v[2 * half] * by, v[2 * half + 1] * by);
+      }
+    }
+}
+
+// Page numbers of a tile; a thread holds one on its way from the block table to shared memory.
+template <class A, int KEYS> DEVICE i32 tile_page_number(const PagedCache<A>& cache, int tile, int end) {
+  constexpr int PAGES = PAGES_OF_TILE<A, KEYS>;
+  if (threadIdx.x >= PAGES) return 0;
+  return cache.page_number(tile * KEYS + threadIdx.x * (PAGES > 1 ? A::PAGE : 0), end);
+}
+
+// out, q: (tokens, HEADS, D). block_table: (sequences, table_stride), read only where a sequence has tokens;
+// seq_lens: tokens of each sequence, the new ones included; query_start: (sequences + 1), new tokens of sequence s are
+// rows query_start[s] .. query_start[s + 1] - 1. Other rows are left as they are.
+template <class A, int WARPS, int BLOCKS, int KEYS>
+DEVICE void attention_prefill(typename A::Activation* out, const typename A::Activation* q,
+                              const typename A::Number* pages, const i32* block_table, const i32* seq_lens,
+                              const i32* query_start, int sequences, int table_stride, float scale, float cap) {
+  using T = typename A::Number;
+  using Shape = PrefillShape<A, WARPS, BLOCKS, KEYS>;
+  constexpr int ROWS = Shape::ROWS, THREADS = Shape::THREADS, PAGES = Shape::PAGES;
+  static_assert(PAGES <= THREADS && KEYS % 16 == 0, "a thread reads each page number");
+  DYNAMIC_SHARED(shared);
+  auto& tiles = *reinterpret_cast<PrefillTiles<A, Shape, KEYS>*>(shared);
+  let_next_start();
+  wait_for_previous();
+
+  // Later rows see more keys: they come first, and short blocks fill the gaps at the end.
+  RowTile rows = find_rows<A, ROWS, THREADS>(query_start, sequences, gridDim.y - 1 - blockIdx.y);
+  if (rows.sequence < 0) return;
+  int kv = blockIdx.x, s = rows.sequence, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  int cached = seq_lens[s] - rows.tokens;
+  if (cached < 0) return;
+  int first_position = cached + rows.first / A::GROUP, end = cached + (rows.last - 1) / A::GROUP + 1;
+  int begin = A::WINDOW && first_position >= A::WINDOW ? first_position - A::WINDOW + 1 : 0;
+  PagedCache<A> cache = paged_cache<A>(pages, kv, block_table, table_stride, s);
+
+  auto keep_numbers = [&](int tile, i32 number) {
+    if (threadIdx.x < PAGES) tiles.page_numbers[tile % 2][threadIdx.x] = number;
+  };
+  auto start_copy = [&](int tile) {
+    const i32* numbers = tiles.page_numbers[tile % 2];
+    copy_tile<A, KEYS, THREADS>(tiles.keys[tile % 2], tiles.values[tile % 2], cache, tile * KEYS, begin, end,
+                                threadIdx.x, [&](int row) { return numbers[PAGES > 1 ? row / A::PAGE : 0]; });
+    commit_copies();
+  };
+  int first_tile = begin / KEYS, last_tile = (end + KEYS - 1) / KEYS;
+  for (int tile = first_tile; tile < first_tile + 2; tile++)
+    keep_numbers(tile, tile_page_number<A, KEYS>(cache, tile, end));
+  __syncthreads();
+  start_copy(first_tile);
+
+  i64 first_row = i64(rows.first_token) * A::HEADS + kv * A::GROUP;
+  load_queries<A, ROWS, THREADS>(tiles.queries, q + first_row * A::D, rows);
+  __syncthreads();
+  QueryTile<T, A::D> query_tile = {tiles.queries + warp * BLOCKS * 16 * A::D, lane};
+  RowPositions<BLOCKS> positions = row_positions<A, BLOCKS>(rows, cached, warp, lane);
+  Logits l = logits<A>(scale, cap);
+  Softmax<A::D, BLOCKS> state;
+  state.clear();
+
+  // The copy of tile + 1 runs behind the products of this tile, and so do the reads of page numbers of tile + 2.
+  auto go_through = [&](const auto& queries) {
+    for (int tile = first_tile; tile < last_tile; tile++) {
+      wait_copies<0>();
+      __syncthreads();  // the tile has arrived for all threads, and all are done with the one before it
+      i32 number = tile_page_number<A, KEYS>(cache, tile + 2, end);
+      if (tile + 1 < last_tile) start_copy(tile + 1);
+      prefill_tile<A, KEYS, BLOCKS>(state, queries, tiles.keys[tile % 2], tiles.values[tile % 2], positions,
+                                    tile * KEYS, l, lane);
+      keep_numbers(tile, number);
+    }
+  };
+  if constexpr (Shape::QUERIES_IN_REGISTERS)
+    go_through(to_registers<A::D, BLOCKS>(query_tile));
+  else
+    go_through(query_tile);
+  store_rows<A, BLOCKS>(out + first_row * A::D, state, rows, warp, lane);
+}

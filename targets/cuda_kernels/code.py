@@ -1,0 +1,42 @@
+"""Words that the CUDA kernels' Python sides share: C++ names of types and of stored formats, function definitions."""
+
+from collections.abc import Sequence
+
+from mlcgen.errors import UnsupportedError
+from mlcgen.formats import WeightFormat
+
+C_TYPES = {
+    "float32": "float",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "uint16": "bf16",  # how KV pages and weights in bfloat16 are stored
+    "int32": "i32",
+    "uint8": "u8",
+}
+HALVES = ("float16", "bfloat16")
+
+
+def stored_type(fmt: WeightFormat, columns: int) -> str:
+    """The C++ type that reads single values of a matrix (stored.cuh)."""
+    if fmt.is_grouped:
+        return f"StoredGroups<{fmt.bits}, {fmt.group}, {str(fmt.has_minimum).lower()}, {columns}>"
+    return f"StoredFloats<{C_TYPES[fmt.dtype]}, {columns}>"
+
+
+def operand_type(fmt: WeightFormat) -> str:
+    """The 16-bit type that products with a matrix of this format are computed in. Codes are exact in float16."""
+    if fmt.is_grouped:
+        return "float16"
+    if fmt.dtype == "float32":
+        raise UnsupportedError("cuda multiplies 16-bit floats; compile with -q f16, bf16, q8, q4 or gguf")
+    return "bfloat16" if fmt.dtype == "uint16" else fmt.dtype
+
+
+def definition(name: str, params: Sequence[str], body: str, threads: int, blocks: int = 1) -> str:
+    """A kernel's text. blocks: of it that must fit a multiprocessor at once, which bounds its registers."""
+    bounds = f"__launch_bounds__({threads}, {blocks})"
+    return f'extern "C" __global__ void {bounds} {name}({", ".join(params)}) {{ {body} }}\n'
+
+
+def cpp(value: bool) -> str:
+    return "true" if value else "false"

@@ -1,0 +1,99 @@
+"""A CudaDevice without a GPU: memory is NumPy's, kernels run under the emulator."""
+
+import contextlib
+import ctypes
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .emulate_cuda import EmulatedKernel, compile_kernel
+
+DEFINITION = 'extern "C" __global__'
+
+
+class EmulatedDevice:
+    """Stands in for runtime.cuda.CudaDevice; `load` takes the CUDA C++ text instead of machine code."""
+
+    num_multiprocessors = 4
+
+    def __init__(self) -> None:
+        self.launched: list[str] = []
+        self._memory: dict[int, np.ndarray] = {}
+        self._recording: list[Any] | None = None
+        self._includes = ""
+        self._texts: dict[str, str] = {}
+        self._kernels: dict[str, EmulatedKernel] = {}
+
+    def load(self, module: bytes, shared_bytes: Mapping[str, int]) -> None:
+        self._includes, *definitions = module.decode().split(DEFINITION)
+        for text in definitions:
+            head = re.sub(r"__launch_bounds__\([^)]*\)", "", text)
+            self._texts[head.split("(")[0].split()[-1]] = DEFINITION + text
+        assert set(shared_bytes) <= set(self._texts)
+
+    def allocate(self, num_bytes: int, purpose: str) -> int:
+        array = np.zeros(num_bytes + 256, np.uint8)
+        start = -array.ctypes.data % 256
+        array = array[start : start + max(num_bytes, 16)]
+        self._memory[array.ctypes.data] = array
+        return array.ctypes.data
+
+    def free(self, address: int) -> None:
+        del self._memory[address]
+
+    def pinned(self, num_bytes: int) -> np.ndarray:
+        return np.zeros(max(num_bytes, 16), np.uint8)
+
+    def upload(self, to: int, array: np.ndarray) -> None:
+        self._do(lambda: self._at(to)[: array.nbytes].__setitem__(slice(None), array.reshape(-1).view(np.uint8)))
+
+    def download(self, to: np.ndarray, source: int) -> None:
+        self._do(lambda: to.reshape(-1).view(np.uint8).__setitem__(slice(None), self._at(source)[: to.nbytes]))
+
+    def synchronize(self) -> None: ...
+    def mark_copy(self, which: int) -> None: ...
+    def wait_for_copy(self, which: int) -> None: ...
+
+    def launch(
+        self, name: str, grid: Sequence[int], block: int, shared: int, args: Sequence[Any], overlaps: bool = False
+    ) -> None:
+        if name not in self._kernels:
+            self._kernels[name] = compile_kernel(self._includes + self._texts[name], name)
+        values = [self._value(arg) for arg in args]
+        self._do(lambda: (self.launched.append(name), self._kernels[name](tuple(grid), block, values, shared)))
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator["Recorded"]:
+        graph = Recorded()
+        self._recording = graph.actions
+        yield graph
+        self._recording = None
+
+    def launch_graph(self, graph: "Recorded") -> None:
+        for action in graph.actions:
+            action()
+
+    def _do(self, action: Any) -> None:
+        if self._recording is None:
+            action()
+        else:
+            self._recording.append(action)
+
+    def _value(self, arg: Any) -> Any:
+        if isinstance(arg, ctypes.c_uint64):
+            return self._at(arg.value) if arg.value else None
+        return {ctypes.c_int32: np.int32, ctypes.c_int64: np.int64, ctypes.c_float: np.float32}[type(arg)](arg.value)
+
+    def _at(self, address: int) -> np.ndarray:
+        for start, array in self._memory.items():
+            if start <= address < start + array.nbytes:
+                return array[address - start :]
+        raise AssertionError(f"{address:#x} is no memory of this device")
+
+
+class Recorded:
+    def __init__(self) -> None:
+        self.actions: list[Any] = []
+

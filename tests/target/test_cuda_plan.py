@@ -1,0 +1,100 @@
+"""A whole model through launch plan and plan executor, its kernels under the emulator, against the CPU target."""
+
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mlcgen
+from mlcgen import artifact, launch_plan
+from mlcgen.runtime import device_weights
+from mlcgen.runtime.executor import Executor, StepInput
+from mlcgen.runtime.load import load_executor
+from mlcgen.runtime.plan_executor import PlanExecutor
+
+from .emulate_cuda import needs_compiler
+from .emulated_device import EmulatedDevice
+
+pytestmark = needs_compiler
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+PAGES, PAGE_SIZE = 24, 4
+
+
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str, **config: object) -> Path:
+    """An artifact for the CPU and for CUDA, the latter's machine code being its source."""
+    monkeypatch.setattr(launch_plan, "compile_cuda", lambda source, arch: (source.encode(), ""))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG | config))
+    return mlcgen.compile(
+        tmp_path / "model",
+        ["cpu", "cuda:sm_90"],
+        quantization,
+        tmp_path / "out",
+        page_size=PAGE_SIZE,
+        max_batch=8,
+        kv_dtype="float16",
+        random_weights=True,
+    )
+
+
+def emulated(path: Path) -> tuple[PlanExecutor, EmulatedDevice]:
+    manifest = artifact.read_manifest(path)
+    plan = json.loads((path / "lib" / "cuda-sm_90.plan").read_text())
+    device = EmulatedDevice()
+    device.load(base64.b64decode(plan["module"]), {})
+    weights = artifact.map_weights(path / artifact.WEIGHTS)
+    addresses = device_weights.upload_weights(device, plan["weights"], weights)
+    return PlanExecutor(device, plan, manifest, addresses, PAGES), device
+
+
+def batch(before: list[int], counts: list[int], rng: np.random.Generator, tables: np.ndarray) -> StepInput:
+    """Sequence s has before[s] tokens and adds counts[s]; logits of each one's last token."""
+    positions = np.concatenate([np.arange(b, b + c) for b, c in zip(before, counts, strict=True)])
+    owner = np.repeat(np.arange(len(counts)), counts)
+    slots = tables[owner, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+    start = np.cumsum([0, *counts])
+    arrays = [rng.integers(0, 300, len(positions)), positions, slots, tables, np.add(before, counts), start]
+    return StepInput(*(a.astype(np.int32) for a in arrays), (start[1:] - 1).astype(np.int32))
+
+
+@pytest.mark.parametrize("quantization", ["q4", "f16", "bf16"])
+def test_plan_gives_the_logits_of_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
+) -> None:
+    path = compiled(tmp_path, monkeypatch, quantization)
+    executor, device = emulated(path)
+    expected: Executor = load_executor(path, "cpu", num_pages=PAGES).executor
+    rng = np.random.default_rng(1)
+    tables = rng.permutation(PAGES).reshape(3, 8)
+    steps = [
+        ([0, 0, 0], [9, 1, 5]),  # prompts
+        ([9, 1, 5], [1, 1, 1]),  # decoding: run, then recorded
+        ([10, 2, 6], [1, 1, 1]),  # the recording
+        ([11, 3, 7], [1, 11, 1]),  # a chunk beside decodes
+    ]
+    for before, counts in steps:
+        step = batch(before, counts, rng, tables)
+        wanted = expected.step(step).copy()
+        found = executor.step(step)
+        error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+        assert error < (2e-2 if quantization == "bf16" else 3e-3), (before, counts, error)
+    assert any("attention_decode" in name for name in device.launched)
+    assert any("attention_prefill" in name for name in device.launched)
