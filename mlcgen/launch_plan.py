@@ -9,7 +9,7 @@ plan.json:
   constants  base64 of each constant, with its dtype
   tensors    where each intermediate lies: {kind: storage | input | weights | pages | constant, ...}
   kernels    name -> variants: [{when, launches: [{function, grid, block, shared, args, overlaps}]}]
-  steps      [kernel, [tensor, ...]] in order
+  steps      [kernel, [tensor, ...], {symbol of the kernel: size}] in order
   output     the tensor of the logits
   max_tokens_per_step
   scratch, counters   bytes
@@ -24,12 +24,12 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from tvm import IRModule, ir, relax
+from tvm import IRModule, ir, relax, tirx
 
 from mlcgen.errors import CompileError
 from mlcgen.nvrtc import compile_cuda, resources
 from mlcgen.passes.rewrite import FORWARD, bindings, is_op
-from mlcgen.runtime.sizes import evaluate
+from mlcgen.runtime.sizes import Size, evaluate
 from mlcgen.targets.base import Target
 from mlcgen.targets.cuda_codegen import generate, size_of
 from mlcgen.targets.device_kernel import Code, Variant
@@ -174,8 +174,17 @@ class _Builder:
     def _call(self, call: relax.Call) -> None:
         name = call.op.name_hint
         args = [self._tensor(arg) for arg in call.args]
-        self.steps.append([name, args])
+        self.steps.append([name, args, self._symbols(self.mod[call.op], call.args)])
         self.kernel_types.setdefault(name, [str(arg.ty.dtype) for arg in call.args])
+
+    def _symbols(self, kernel: tirx.PrimFunc, args: Sequence[relax.Expr]) -> dict[str, Size]:
+        """The kernel's own symbols by the shapes of its arguments, where the two have different names."""
+        found: dict[str, Size] = {}
+        for param, arg in zip(kernel.params, args, strict=True):
+            for own, given in zip(param.ty.shape, arg.ty.shape, strict=True):
+                if isinstance(own, tirx.Var):
+                    found.setdefault(str(own.name), size_of(given))
+        return {name: size for name, size in found.items() if size != name}
 
     def _tensor(self, expr: relax.Expr) -> int:
         if isinstance(expr, ir.GenericConst):

@@ -70,7 +70,7 @@ class CudaKernels:
     # Every layer asks for the same kernels.
     @functools.cache  # noqa: B019  (targets are few and live as long as the process)
     def linear(self, spec: Linear) -> Any:
-        return self._placeholder(cuda_kernels.linear(spec))
+        return self._placeholder(cuda_kernels.linear(spec, self.arch))
 
     @functools.cache  # noqa: B019
     def embedding(self, fmt: WeightFormat, vocab: int, hidden: int) -> Any:
@@ -92,4 +92,4 @@ class CudaKernels:
         window: int,
     ) -> Any:
         sizes = (num_heads, num_kv_heads, head_dim, page_size, kv_dtype, scale, window)
-        return self._placeholder(cuda_kernels.paged_attention(*sizes))
+        return self._placeholder(cuda_kernels.paged_attention(*sizes, self.arch))

@@ -61,7 +61,7 @@ class Launch:
     grid: tuple[Size, Size, Size]
     block: int  # threads
     args: tuple[list[Any], ...]
-    shared: int = 0  # bytes of dynamic shared memory
+    shared: Size = 0  # bytes of dynamic shared memory
     overlaps: bool = True  # waits itself for the kernel before, so it may start while that one ends
 
 

@@ -18,12 +18,15 @@ Address = int
 _U64, _SIZE, _PTR, _INT, _UINT = ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint
 
 _OUT_OF_MEMORY = 2
-_MAJOR, _MINOR, _MULTIPROCESSORS = 75, 76, 16  # CUdevice_attribute
-_MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
+_MAJOR, _MINOR, _MULTIPROCESSORS, _SHARED_OPTIN = 75, 76, 16, 97  # CUdevice_attribute
+_STATIC_SHARED, _MAX_DYNAMIC_SHARED = 1, 8  # CUfunction_attribute
 _CAPTURE_RELAXED = 2
 _NON_BLOCKING = 1
 _NO_TIMING = 2
 _OVERLAPS = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+_MAP_DTYPES = {"uint32": 2, "float16": 6, "bfloat16": 9}  # CUtensorMapDataType
+_PROMOTE_128_BYTES = 2
 
 
 class _Attribute(ctypes.Structure):  # CUlaunchAttribute: an id, padding, and a union of 64 bytes
@@ -100,7 +103,7 @@ class CudaDevice:
         self._stream = _PTR()
         self._check("cuStreamCreate", library.cuStreamCreate(ctypes.byref(self._stream), _NON_BLOCKING))
         self._events = [self._new_event(), self._new_event()]
-        self._functions: dict[str, tuple[_PTR, int]] = {}
+        self._functions: dict[str, _PTR] = {}
         self._module = _PTR()
 
     @property
@@ -111,11 +114,12 @@ class CudaDevice:
 
     @property
     def num_multiprocessors(self) -> int:
+        return self._attribute(_MULTIPROCESSORS)
+
+    def _attribute(self, which: int) -> int:
         value = _INT()
-        self._check(
-            "cuDeviceGetAttribute",
-            self._cuda.cuDeviceGetAttribute(ctypes.byref(value), _MULTIPROCESSORS, self._device),
-        )
+        status = self._cuda.cuDeviceGetAttribute(ctypes.byref(value), which, self._device)
+        self._check("cuDeviceGetAttribute", status)
         return value.value
 
     def memory(self) -> tuple[int, int]:
@@ -184,20 +188,19 @@ class CudaDevice:
         """Wait for all that was started. Raises DeviceError for what failed in it."""
         self._check("cuStreamSynchronize", self._cuda.cuStreamSynchronize(self._stream))
 
-    def load(self, module: bytes, shared_bytes: dict[str, int]) -> None:
-        """Load machine code; `shared_bytes`: of dynamic shared memory, at most, for each function."""
+    def load(self, module: bytes, names: Sequence[str]) -> None:
+        """Load machine code with the functions of these names; each may have all the shared memory that there is."""
         self._check("cuModuleLoadData", self._cuda.cuModuleLoadData(ctypes.byref(self._module), module))
-        for name, shared in shared_bytes.items():
-            function = _PTR()
-            self._check(
-                f"cuModuleGetFunction({name})",
-                self._cuda.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()),
-            )
-            if shared > 48 << 10:
-                self._check(
-                    "cuFuncSetAttribute", self._cuda.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared)
-                )
-            self._functions[name] = (function, shared)
+        most = self._attribute(_SHARED_OPTIN)
+        for name in names:
+            function, static = _PTR(), _INT()
+            status = self._cuda.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode())
+            self._check(f"cuModuleGetFunction({name})", status)
+            status = self._cuda.cuFuncGetAttribute(ctypes.byref(static), _STATIC_SHARED, function)
+            self._check("cuFuncGetAttribute", status)
+            status = self._cuda.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, most - static.value)
+            self._check("cuFuncSetAttribute", status)
+            self._functions[name] = function
 
     def launch(
         self, name: str, grid: Sequence[int], block: int, shared: int, args: Sequence[Any], overlaps: bool = False
@@ -205,10 +208,42 @@ class CudaDevice:
         """Start a kernel. args: ctypes values. overlaps: it waits itself for what came before it in the stream."""
         pointers = (_PTR * len(args))(*(ctypes.addressof(arg) for arg in args))
         config = _Config(*grid, block, 1, 1, shared, self._stream, _OVERLAPPING, int(overlaps))
-        function, _ = self._functions[name]
-        status = self._cuda.cuLaunchKernelEx(ctypes.byref(config), function, pointers, None)
+        status = self._cuda.cuLaunchKernelEx(ctypes.byref(config), self._functions[name], pointers, None)
         if status:
             self._check(f"launch of {name} with grid {tuple(grid)}, {block} threads, {shared} bytes", status)
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019  (the device lives as long as its process)
+    def tensor_map(
+        self,
+        address: Address,
+        dtype: str,
+        dims: tuple[int, ...],
+        strides: tuple[int, ...],
+        box: tuple[int, ...],
+        swizzle: int,
+    ) -> Any:
+        """How the copy engine cuts boxes out of a tensor (CUtensorMap): the innermost dimension first, strides in
+        bytes. What lies outside of the tensor reads as zero."""
+        raw = ctypes.create_string_buffer(192)
+        at = (ctypes.addressof(raw) + 63) // 64 * 64
+        rank = len(dims)
+        status = self._cuda.cuTensorMapEncodeTiled(
+            _PTR(at),
+            _MAP_DTYPES[dtype],
+            rank,
+            _PTR(address),
+            (_U64 * rank)(*dims),
+            (_U64 * (rank - 1))(*strides),
+            (_UINT * rank)(*box),
+            (_UINT * rank)(*[1] * rank),
+            0,
+            swizzle,
+            _PROMOTE_128_BYTES,
+            0,
+        )
+        if status:
+            self._check(f"cuTensorMapEncodeTiled of {dtype} {dims} in boxes of {box}", status)
+        return ctypes.create_string_buffer(ctypes.string_at(at, 128), 128)
 
     @contextlib.contextmanager
     def capture(self) -> Iterator["Graph"]:

@@ -80,8 +80,7 @@ def _plan_executor(
 
     plan = json.loads(plan_file.read_text())
     device = CudaDevice()
-    functions = function_names(plan) | dict.fromkeys((*device_weights.FUNCTIONS, "argmax_rows"), 0)
-    device.load(base64.b64decode(plan["module"]), functions)
+    device.load(base64.b64decode(plan["module"]), [*function_names(plan), *device_weights.FUNCTIONS, "argmax_rows"])
     if weights is None:
         addresses = device_weights.make_random_weights(device, plan["weights"])
     else:

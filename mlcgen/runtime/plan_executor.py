@@ -6,7 +6,7 @@ then on a step is one copy into pinned memory and one launch. Other steps start 
 
 import base64
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -139,9 +139,10 @@ class PlanExecutor:
 
     def _run(self, step: _Step) -> None:
         self._device.upload(step.inputs, step.staging)
-        for name, tensors in self._plan["steps"]:
-            for launch in self._launches(name, step.symbols):
-                self._launch(launch, tensors, step)
+        for name, tensors, own in self._plan["steps"]:
+            symbols = step.symbols | {symbol: evaluate(size, step.symbols) for symbol, size in own.items()}
+            for launch in self._launches(name, symbols):
+                self._launch(launch, tensors, step, symbols)
 
     def _launches(self, kernel: str, symbols: Mapping[str, int]) -> Sequence[Mapping[str, Any]]:
         for variant in self._plan["kernels"][kernel]:
@@ -150,25 +151,33 @@ class PlanExecutor:
                 return launches
         raise RequestError(f"no variant of {kernel} fits {symbols}")
 
-    def _launch(self, launch: Mapping[str, Any], tensors: Sequence[int], step: _Step) -> None:
-        args = list(self._arguments(launch["args"], tensors, step))
-        grid = [evaluate(size, step.symbols) for size in launch["grid"]]
-        self._device.launch(launch["function"], grid, launch["block"], launch["shared"], args, launch["overlaps"])
+    def _launch(self, launch: Mapping[str, Any], tensors: Sequence[int], step: _Step, symbols: dict[str, int]) -> None:
+        args = [self._argument(arg, tensors, step, symbols) for arg in launch["args"]]
+        grid = [evaluate(size, symbols) for size in launch["grid"]]
+        shared = evaluate(launch["shared"], symbols)
+        self._device.launch(launch["function"], grid, launch["block"], shared, args, launch["overlaps"])
 
-    def _arguments(self, args: Sequence[Sequence[Any]], tensors: Sequence[int], step: _Step) -> Iterator[Any]:
-        for kind, value in args:
-            if kind == "tensor":
-                yield ctypes.c_uint64(self._tensor_address(step, tensors[value]))
-            elif kind == "scratch":
-                yield ctypes.c_uint64(self._scratch + evaluate(value, step.symbols))
-            elif kind == "counters":
-                yield ctypes.c_uint64(self._counters)
-            elif kind == "null":
-                yield ctypes.c_uint64(0)
-            elif kind == "float32":
-                yield ctypes.c_float(value)
-            else:
-                yield _ARGUMENTS[kind](evaluate(value, step.symbols))
+    def _argument(self, arg: Sequence[Any], tensors: Sequence[int], step: _Step, symbols: dict[str, int]) -> Any:
+        kind, value = arg
+        if kind in _ARGUMENTS:
+            return _ARGUMENTS[kind](evaluate(value, symbols))
+        if kind == "float32":
+            return ctypes.c_float(value)
+        if kind == "map":
+            address = self._address(value["of"], tensors, step, symbols)
+            dims = tuple(evaluate(size, symbols) for size in value["dims"])
+            return self._device.tensor_map(
+                address, value["dtype"], dims, tuple(value["strides"]), tuple(value["box"]), value["swizzle"]
+            )
+        return ctypes.c_uint64(self._address(arg, tensors, step, symbols))
+
+    def _address(self, arg: Sequence[Any], tensors: Sequence[int], step: _Step, symbols: dict[str, int]) -> Address:
+        kind, value = arg
+        if kind == "tensor":
+            return self._tensor_address(step, tensors[value])
+        if kind == "scratch":
+            return self._scratch + evaluate(value, symbols)
+        return self._counters if kind == "counters" else 0
 
     def _tensor_address(self, step: _Step, index: int) -> Address:
         tensor = self._plan["tensors"][index]
@@ -219,11 +228,7 @@ def _power_of_two(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
-def function_names(plan: Mapping[str, Any]) -> dict[str, int]:
-    """Each function that the plan launches, with the most dynamic shared memory that it is given."""
-    found: dict[str, int] = {}
-    for variants in plan["kernels"].values():
-        for variant in variants:
-            for launch in variant["launches"]:
-                found[launch["function"]] = max(found.get(launch["function"], 0), int(launch["shared"]))
-    return found
+def function_names(plan: Mapping[str, Any]) -> list[str]:
+    """Each function that the plan launches."""
+    launches = (l for variants in plan["kernels"].values() for v in variants for l in v["launches"])
+    return sorted({str(launch["function"]) for launch in launches})

@@ -1,6 +1,7 @@
 """Attention over KV pages: one kernel for steps in which every sequence decodes, one for all others."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mlcgen.errors import UnsupportedError
 from mlcgen.runtime.sizes import Size
@@ -10,7 +11,6 @@ from mlcgen.targets.device_kernel import (
     Launch,
     Param,
     Variant,
-    ceildiv,
     counters,
     float32,
     int32,
@@ -21,10 +21,18 @@ from mlcgen.targets.device_kernel import (
 
 from .code import C_TYPES, HALVES, definition
 
-DECODE_WARPS, DECODE_STAGES, DECODE_KEYS = 4, 4, 16
-PREFILL_WARPS, PREFILL_BLOCKS, PREFILL_KEYS = 4, 2, 64
-DECODE_BLOCKS = 264  # that fill a GPU: two for each of 132 multiprocessors
-MIN_PIECE = 64  # keys of a block, at least
+DECODE_KEYS = 16  # of a tile
+MULTIPROCESSORS = 132  # of an H100: how many blocks fill a GPU
+
+# (warps, stages) of decode and (warps, blocks of 16 rows per warp, keys of a tile) of prefill, by head_dim: what 227 KB
+# of shared memory a multiprocessor (sm_90) and 255 registers a thread allow, and what 99 KB do (sm_86, sm_89).
+DECODE = {64: (4, 3), 96: (4, 3), 128: (4, 3), 256: (4, 2)}
+DECODE_SMALL = {**DECODE, 256: (2, 3)}
+PREFILL = {64: (4, 2, 128), 96: (8, 1, 64), 128: (8, 1, 128), 256: (8, 1, 64)}
+PREFILL_SMALL = {**PREFILL, 128: (8, 1, 64), 256: (4, 1, 32)}
+PREFILL_MANY = {128: (4, 2, 64)}  # where rows are many, more of them per block
+MANY_ROWS = 4096 * 32  # (token, query head) pairs
+SMALL_ARCHS = ("sm_86", "sm_89")
 
 
 def paged_attention(
@@ -35,9 +43,12 @@ def paged_attention(
     kv_dtype: str,
     scale: float,
     window: int,
+    arch: str,
 ) -> DeviceKernel:
     """PrimFunc(q (n, H, D); pages; block_table (seqs, blocks); seq_lens (seqs,); query_start (seqs + 1,); positions
     (n,), which is not read: tokens are the last of their sequences; out (n, H, D))."""
+    if head_dim not in DECODE:
+        raise UnsupportedError(f"cuda attention has head sizes {', '.join(map(str, DECODE))}, not {head_dim}")
     if kv_dtype == "float32":
         raise UnsupportedError("cuda keeps keys and values in 16 bits; compile with --kv-dtype float16 or bfloat16")
     page = "uint16" if kv_dtype == "bfloat16" else kv_dtype
@@ -56,17 +67,29 @@ def paged_attention(
 
     def code(dtypes: Sequence[str]) -> Code:
         activation = _activation(dtypes)
-        layer = f"AttentionLayer<{C_TYPES[page]}, {C_TYPES[activation]}, {sizes}>"
-        suffix = f"{kv_dtype}_{activation}_{sizes.replace(', ', '_')}"
-        types = (C_TYPES[activation], C_TYPES[page])
-        decode, decode_text = _decode(suffix, layer, types, num_heads, num_kv_heads, head_dim, scale)
-        prefill, prefill_text = _prefill(suffix, layer, types, num_kv_heads, group, head_dim, page_size, scale)
-        partials = times(_blocks(num_kv_heads), num_heads * (head_dim + 1) * 4)
+        layer = _Layer(
+            f"AttentionLayer<{C_TYPES[page]}, {C_TYPES[activation]}, {sizes}>",
+            f"{kv_dtype}_{activation}_{sizes.replace(', ', '_')}",
+            (C_TYPES[activation], C_TYPES[page]),
+            num_kv_heads,
+            group,
+            head_dim,
+            page_size,
+            scale,
+        )
+        is_small = arch in SMALL_ARCHS
+        shape = (PREFILL_SMALL if is_small else PREFILL)[head_dim]
+        many = PREFILL_MANY.get(head_dim, shape)
+        launches = [_decode(layer, (DECODE_SMALL if is_small else DECODE)[head_dim]), _prefill(layer, shape)]
+        variants = [Variant("is_decode", (launches[0][0],)), Variant(1, (launches[1][0],))]
+        if many != shape and window == 0:
+            launches.append(_prefill(layer, many))
+            variants.insert(1, Variant(["<=", MANY_ROWS, times("n", num_heads)], (launches[2][0],)))
         return Code(
             ("attention_decode.cuh", "attention_prefill.cuh"),
-            {decode.function: decode_text, prefill.function: prefill_text},
-            (Variant("is_decode", (decode,)), Variant(1, (prefill,))),
-            scratch=partials,
+            {launch.function: text for launch, text in launches},
+            tuple(variants),
+            scratch=times(_blocks(num_kv_heads), num_heads * (head_dim + 1) * 4),
             counters=times("seqs", num_kv_heads * 4),
         )
 
@@ -79,48 +102,54 @@ def _activation(dtypes: Sequence[str]) -> str:
     return dtypes[0]
 
 
+@dataclass(frozen=True)
+class _Layer:
+    cpp: str  # the C++ type of its constants
+    suffix: str  # of its functions' names
+    types: tuple[str, str]  # of queries and outputs, and of the cache
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    page_size: int
+    scale: float
+
+    @property
+    def params(self) -> list[str]:
+        pointers = [f"{self.types[0]}* out", f"const {self.types[0]}* q", f"const {self.types[1]}* pages"]
+        return [*pointers, "const i32* block_table", "const i32* seq_lens"]
+
+
 def _blocks(num_kv_heads: int) -> Size:
-    """Blocks that share the keys of all sequences: as many as fill the GPU, and no more than there is work for."""
-    pieces = times("seqs", ceildiv("longest", MIN_PIECE))
-    return ["+", ["max", ["min", DECODE_BLOCKS // num_kv_heads, pieces], 1], "seqs"]
+    """Blocks that share the keys of all sequences: one for each, and more for the longest to be cut into pieces.
+
+    One wave of blocks where sequences are few; where they are many, smaller pieces, which even out their lengths.
+    """
+    few = max(MULTIPROCESSORS // num_kv_heads, 1)
+    is_few = ["<=", "seqs", few]
+    return ["+", "seqs", ["+", times(is_few, few), times(["-", 1, is_few], 4 * few)]]
 
 
-def _decode(
-    suffix: str, layer: str, types: tuple[str, str], heads: int, kv_heads: int, head_dim: int, scale: float
-) -> tuple[Launch, str]:
-    name = f"attention_decode_{suffix}"
-    params = [f"{types[0]}* out", f"const {types[0]}* q", f"const {types[1]}* pages", "const i32* block_table"]
-    params += ["const i32* seq_lens", "float* partials", "u32* arrivals", "int seqs", "int table_stride"]
-    params += ["float scale"]
-    body = f"attention_decode<{layer}, {DECODE_WARPS}, {DECODE_STAGES}>"
+def _decode(layer: _Layer, shape: tuple[int, int]) -> tuple[Launch, str]:
+    warps, stages = shape
+    name = f"attention_decode_{layer.suffix}"
+    params = [*layer.params, "float* partials", "u32* arrivals", "int seqs", "int table_stride", "float scale"]
+    body = f"attention_decode<{layer.cpp}, {warps}, {stages}>"
     body += "(out, q, pages, block_table, seq_lens, partials, arrivals, seqs, table_stride, scale, 0);"
-    args = (*map(tensor, (6, 0, 1, 2, 3)), scratch(), counters(), int32("seqs"), int32("blocks"), float32(scale))
-    shared = DECODE_WARPS * DECODE_STAGES * 2 * DECODE_KEYS * head_dim * 2
-    threads = DECODE_WARPS * 32
-    launch = Launch(name, (kv_heads, _blocks(kv_heads), 1), threads, args, shared)
-    return launch, definition(name, params, body, threads)
+    args = (*map(tensor, (6, 0, 1, 2, 3)), scratch(), counters(), int32("seqs"), int32("blocks"), float32(layer.scale))
+    shared = warps * stages * 2 * DECODE_KEYS * layer.head_dim * 2
+    grid = (layer.num_kv_heads, _blocks(layer.num_kv_heads), 1)
+    return Launch(name, grid, warps * 32, args, shared), definition(name, params, body, warps * 32)
 
 
-def _prefill(
-    suffix: str,
-    layer: str,
-    types: tuple[str, str],
-    kv_heads: int,
-    group: int,
-    head_dim: int,
-    page_size: int,
-    scale: float,
-) -> tuple[Launch, str]:
-    name = f"attention_prefill_{suffix}"
-    params = [f"{types[0]}* out", f"const {types[0]}* q", f"const {types[1]}* pages", "const i32* block_table"]
-    params += ["const i32* seq_lens", "const i32* query_start", "int seqs", "int table_stride", "float scale"]
-    body = f"attention_prefill<{layer}, {PREFILL_WARPS}, {PREFILL_BLOCKS}, {PREFILL_KEYS}>"
+def _prefill(layer: _Layer, shape: tuple[int, int, int]) -> tuple[Launch, str]:
+    warps, blocks, keys = shape
+    name = f"attention_prefill_{layer.suffix}_{warps}_{blocks}_{keys}"
+    params = [*layer.params, "const i32* query_start", "int seqs", "int table_stride", "float scale"]
+    body = f"attention_prefill<{layer.cpp}, {warps}, {blocks}, {keys}>"
     body += "(out, q, pages, block_table, seq_lens, query_start, seqs, table_stride, scale, 0);"
-    args = (*map(tensor, (6, 0, 1, 2, 3, 4)), int32("seqs"), int32("blocks"), float32(scale))
-    rows = PREFILL_WARPS * PREFILL_BLOCKS * 16
-    tiles = ["+", ["//", times("n", group), rows], "seqs"]
-    pages = max(PREFILL_KEYS // page_size, 1)
-    shared = (rows + 4 * PREFILL_KEYS) * head_dim * 2 + 2 * pages * 4
-    threads = PREFILL_WARPS * 32
-    launch = Launch(name, (kv_heads, tiles, 1), threads, args, -(-shared // 16) * 16)
-    return launch, definition(name, params, body, threads)
+    args = (*map(tensor, (6, 0, 1, 2, 3, 4)), int32("seqs"), int32("blocks"), float32(layer.scale))
+    rows = warps * blocks * 16  # (token, head of the group) pairs of a block
+    tiles = ["+", ["//", times("n", layer.group), rows], "seqs"]
+    shared = (rows + 4 * keys) * layer.head_dim * 2 + 8 * max(keys // layer.page_size, 1)
+    launch = Launch(name, (layer.num_kv_heads, tiles, 1), warps * 32, args, -(-shared // 16) * 16)
+    return launch, definition(name, params, body, warps * 32)

@@ -148,11 +148,44 @@ DEVICE void store_rows(typename A::Activation* out, const Softmax<A::D, BLOCKS>&
     }
 }
 
-// Page numbers of a tile; a thread holds one on its way from the block table to shared memory.
-template <class A, int KEYS> DEVICE i32 tile_page_number(const PagedCache<A>& cache, int tile, int end) {
-  constexpr int PAGES = PAGES_OF_TILE<A, KEYS>;
-  if (threadIdx.x >= PAGES) return 0;
-  return cache.page_number(tile * KEYS + threadIdx.x * (PAGES > 1 ? A::PAGE : 0), end);
+// Brings tiles of keys begin .. end - 1 to shared memory: tile i to place i % 2. Its page numbers take a step before
+// that, from the block table through a register of some threads (read, keep) to shared memory.
+template <class A, class Shape, int KEYS> struct TileLoader {
+  PrefillTiles<A, Shape, KEYS>& tiles;
+  PagedCache<A> cache;
+  int begin, end;
+
+  DEVICE i32 read_page_number(int tile) const {
+    if (threadIdx.x >= Shape::PAGES) return 0;
+    return cache.page_number(tile * KEYS + threadIdx.x * (Shape::PAGES > 1 ? A::PAGE : 0), end);
+  }
+  DEVICE void keep_page_number(int tile, i32 number) const {
+    if (threadIdx.x < Shape::PAGES) tiles.page_numbers[tile % 2][threadIdx.x] = number;
+  }
+  DEVICE void start_copy(int tile) const {
+    const i32* numbers = tiles.page_numbers[tile % 2];
+    copy_tile<A, KEYS, Shape::THREADS>(tiles.keys[tile % 2], tiles.values[tile % 2], cache, tile * KEYS, begin, end,
+                                       threadIdx.x,
+                                       [&](int row) { return numbers[Shape::PAGES > 1 ? row / A::PAGE : 0]; });
+    commit_copies();
+  }
+};
+
+// Tiles first .. last - 1 for all rows of the block; the copy of the first has been started. The copy of the next tile
+// runs behind the products of this one, and so do the reads of the page numbers of the tile after that.
+template <class A, class Shape, int KEYS, int BLOCKS, class Queries>
+DEVICE void prefill_tiles(Softmax<A::D, BLOCKS>& state, const Queries& queries,
+                          const TileLoader<A, Shape, KEYS>& loader, int first, int last,
+                          const RowPositions<BLOCKS>& positions, const Logits& l, int lane) {
+  for (int tile = first; tile < last; tile++) {
+    wait_copies<0>();
+    __syncthreads();  // the tile has arrived for all threads, and all are done with the one before it
+    i32 number = loader.read_page_number(tile + 2);
+    if (tile + 1 < last) loader.start_copy(tile + 1);
+    prefill_tile<A, KEYS, BLOCKS>(state, queries, loader.tiles.keys[tile % 2], loader.tiles.values[tile % 2], positions,
+                                  tile * KEYS, l, lane);
+    loader.keep_page_number(tile, number);
+  }
 }
 
 // out, q: (tokens, HEADS, D). block_table: (sequences, table_stride), read only where a sequence has tokens;
@@ -164,8 +197,8 @@ DEVICE void attention_prefill(typename A::Activation* out, const typename A::Act
                               const i32* query_start, int sequences, int table_stride, float scale, float cap) {
   using T = typename A::Number;
   using Shape = PrefillShape<A, WARPS, BLOCKS, KEYS>;
-  constexpr int ROWS = Shape::ROWS, THREADS = Shape::THREADS, PAGES = Shape::PAGES;
-  static_assert(PAGES <= THREADS && KEYS % 16 == 0, "a thread reads each page number");
+  constexpr int ROWS = Shape::ROWS, THREADS = Shape::THREADS;
+  static_assert(Shape::PAGES <= THREADS && KEYS % 16 == 0, "a thread reads each page number");
   DYNAMIC_SHARED(shared);
   auto& tiles = *reinterpret_cast<PrefillTiles<A, Shape, KEYS>*>(shared);
   let_next_start();
@@ -179,22 +212,11 @@ DEVICE void attention_prefill(typename A::Activation* out, const typename A::Act
   if (cached < 0) return;
   int first_position = cached + rows.first / A::GROUP, end = cached + (rows.last - 1) / A::GROUP + 1;
   int begin = A::WINDOW && first_position >= A::WINDOW ? first_position - A::WINDOW + 1 : 0;
-  PagedCache<A> cache = paged_cache<A>(pages, kv, block_table, table_stride, s);
-
-  auto keep_numbers = [&](int tile, i32 number) {
-    if (threadIdx.x < PAGES) tiles.page_numbers[tile % 2][threadIdx.x] = number;
-  };
-  auto start_copy = [&](int tile) {
-    const i32* numbers = tiles.page_numbers[tile % 2];
-    copy_tile<A, KEYS, THREADS>(tiles.keys[tile % 2], tiles.values[tile % 2], cache, tile * KEYS, begin, end,
-                                threadIdx.x, [&](int row) { return numbers[PAGES > 1 ? row / A::PAGE : 0]; });
-    commit_copies();
-  };
-  int first_tile = begin / KEYS, last_tile = (end + KEYS - 1) / KEYS;
-  for (int tile = first_tile; tile < first_tile + 2; tile++)
-    keep_numbers(tile, tile_page_number<A, KEYS>(cache, tile, end));
+  TileLoader<A, Shape, KEYS> loader = {tiles, paged_cache<A>(pages, kv, block_table, table_stride, s), begin, end};
+  int first = begin / KEYS, last = (end + KEYS - 1) / KEYS;
+  for (int tile = first; tile < first + 2; tile++) loader.keep_page_number(tile, loader.read_page_number(tile));
   __syncthreads();
-  start_copy(first_tile);
+  loader.start_copy(first);
 
   i64 first_row = i64(rows.first_token) * A::HEADS + kv * A::GROUP;
   load_queries<A, ROWS, THREADS>(tiles.queries, q + first_row * A::D, rows);
@@ -205,21 +227,10 @@ DEVICE void attention_prefill(typename A::Activation* out, const typename A::Act
   Softmax<A::D, BLOCKS> state;
   state.clear();
 
-  // The copy of tile + 1 runs behind the products of this tile, and so do the reads of page numbers of tile + 2.
-  auto go_through = [&](const auto& queries) {
-    for (int tile = first_tile; tile < last_tile; tile++) {
-      wait_copies<0>();
-      __syncthreads();  // the tile has arrived for all threads, and all are done with the one before it
-      i32 number = tile_page_number<A, KEYS>(cache, tile + 2, end);
-      if (tile + 1 < last_tile) start_copy(tile + 1);
-      prefill_tile<A, KEYS, BLOCKS>(state, queries, tiles.keys[tile % 2], tiles.values[tile % 2], positions,
-                                    tile * KEYS, l, lane);
-      keep_numbers(tile, number);
-    }
-  };
   if constexpr (Shape::QUERIES_IN_REGISTERS)
-    go_through(to_registers<A::D, BLOCKS>(query_tile));
+    prefill_tiles<A, Shape, KEYS, BLOCKS>(state, to_registers<A::D, BLOCKS>(query_tile), loader, first, last, positions,
+                                          l, lane);
   else
-    go_through(query_tile);
+    prefill_tiles<A, Shape, KEYS, BLOCKS>(state, query_tile, loader, first, last, positions, l, lane);
   store_rows<A, BLOCKS>(out + first_row * A::D, state, rows, warp, lane);
 }

@@ -16,16 +16,28 @@
 #pragma once
 #include "hopper.cuh"
 
+namespace gemm {
+
 constexpr int BLOCK_K = 64;             // 128 bytes: a row of the 128-byte swizzle
 constexpr int ROW_BYTES = 2 * BLOCK_K;
 constexpr int GROUP_ROWS = 64;          // rows of W for each consumer: the m of wgmma
+constexpr int NEAR_TOKENS = 2048;       // tokens whose x stays in the L2 cache while W passes
+constexpr int LARGE = 24 << 20;         // bytes of an output that would drive x from the L2 cache
+
+// How the weights are stored: 16-bit values, or the 4-bit codes and scales of mlcgen/formats.py, in tiles of 16 rows.
+enum class Weights { DENSE, Q4 };
+constexpr int TILE_ROWS = 16, GROUP = 32;                     // GROUP columns share a scale
+constexpr int TILE_CODES = TILE_ROWS * BLOCK_K / 2;           // bytes for BLOCK_K columns: [octet][row][4]
+constexpr int TILE_SCALES = TILE_ROWS * BLOCK_K / GROUP * 2;  // bytes: [group][row]
 
 // How a kernel cuts the product, and the sizes that follow.
 // GATED: rows of W alternate, 8 of a gate and 8 of the matching up projection; 16 rows make 8 features.
-template <int TOKENS_, int CONSUMERS_, int SHARE_, int SPLIT_, int STAGES_, bool GATED_> struct Tiling {
+template <Weights WEIGHTS_, int TOKENS_, int CONSUMERS_, int SHARE_, int SPLIT_, int STAGES_, bool GATED_>
+struct Tiling {
   static constexpr int TOKENS = TOKENS_, CONSUMERS = CONSUMERS_, SHARE = SHARE_, SPLIT = SPLIT_, STAGES = STAGES_;
   static constexpr int CLUSTER = SHARE * SPLIT;
   static constexpr bool GATED = GATED_;
+  static constexpr Weights WEIGHTS = WEIGHTS_;
   static constexpr int SUMS = TOKENS / 2;                                // f32 accumulators of a consumer thread
   static constexpr bool MOVES_REGISTERS = SUMS > 96;                     // from a whole warp group of producers
   static constexpr int CONSUMER_REGISTERS = 232, PRODUCER_REGISTERS = 40;
@@ -33,17 +45,18 @@ template <int TOKENS_, int CONSUMERS_, int SHARE_, int SPLIT_, int STAGES_, bool
   static constexpr int GROUP_FEATURES = GATED ? GROUP_ROWS / 2 : GROUP_ROWS;
   static constexpr int FEATURES = CONSUMERS * GROUP_FEATURES;            // of a block
   static constexpr int SHARED_TOKENS = TOKENS / SHARE;                   // that one block copies for those that share
-  static constexpr int W_BYTES = CONSUMERS * GROUP_ROWS * ROW_BYTES;
+  static constexpr int TILES = CONSUMERS * GROUP_ROWS / TILE_ROWS;       // of quantized rows
+  static constexpr int W_BYTES =
+      WEIGHTS == Weights::Q4 ? TILES * (TILE_CODES + TILE_SCALES) : CONSUMERS * GROUP_ROWS * ROW_BYTES;
   static constexpr int X_BYTES = TOKENS * ROW_BYTES;
-  static constexpr int STAGE_BYTES = W_BYTES + X_BYTES;
+  static constexpr int STAGE_BYTES = (X_BYTES + W_BYTES + 1023) / 1024 * 1024;
   static constexpr int PART_TOKENS = TOKENS / SPLIT;                     // that a block of those that split k stores
   static constexpr int PART_SUMS = SUMS / SPLIT;
   static constexpr int PART_BYTES = PART_SUMS * WARP_GROUP * sizeof(float);
-  static constexpr int SLAB = TOKENS >= 128 ? 32 : PART_TOKENS < 16 ? PART_TOKENS : 16;  // tokens stored together
-  static_assert(PART_TOKENS % SLAB == 0 && SLAB % 8 == 0 && SHARED_TOKENS % 8 == 0);
+  static_assert(PART_TOKENS % 8 == 0 && SHARED_TOKENS % 8 == 0);
 };
 
-// ---- Which products a worker computes --------------------------------------------------------------------------------
+// ---- Which products a worker computes ------------------------------------------------------------------------------
 
 // Steps [k_begin, k_end) of BLOCK_K values of one tile.
 struct Segment {
@@ -52,17 +65,18 @@ struct Segment {
 };
 
 struct Schedule {
-  int feature_tiles, token_tiles, k_steps;
+  int feature_tiles, token_tiles, near, k_steps;
   int worker, workers;
   int part, parts;  // of a whole tile's steps: this block of the cluster computes that part
   int split_tiles;  // the first tiles are split between all workers
   int step, end;    // what is left of this worker's part of them
   int tile;         // its next whole tile
 
-  DEVICE Schedule(int feature_tiles, int token_tiles, int k_steps, int worker, int workers, int part, int parts,
-                  int split_tiles)
-      : feature_tiles(feature_tiles), token_tiles(token_tiles), k_steps(k_steps), worker(worker), workers(workers),
-        part(part), parts(parts), split_tiles(split_tiles), step(first_step(worker)), end(first_step(worker + 1)), tile(split_tiles + worker) {}
+  DEVICE Schedule(int feature_tiles, int token_tiles, int near, int k_steps, int worker, int workers, int part,
+                  int parts, int split_tiles)
+      : feature_tiles(feature_tiles), token_tiles(token_tiles), near(near), k_steps(k_steps), worker(worker),
+        workers(workers), part(part), parts(parts), split_tiles(split_tiles), step(first_step(worker)),
+        end(first_step(worker + 1)), tile(split_tiles + worker) {}
 
   DEVICE int first_step(int w) const {
     int steps = split_tiles * k_steps;
@@ -86,14 +100,13 @@ struct Schedule {
   }
 
   // Tiles that are computed at the same time should share rows of W and of x in the L2 cache: tokens come in groups of
-  // NEAR tiles, and within a group each tile of features meets all of its tokens before the next.
+  // `near` tiles, and within a group each tile of features meets all of its tokens before the next.
   DEVICE void place(Segment& s, int t) const {
-    constexpr int NEAR = 8;
-    int group = t / (NEAR * feature_tiles);
-    int in_group = t - group * NEAR * feature_tiles;
-    int width = min(NEAR, token_tiles - group * NEAR);
+    int group = t / (near * feature_tiles);
+    int in_group = t - group * near * feature_tiles;
+    int width = min(near, token_tiles - group * near);
     s.features = in_group / width;
-    s.tokens = group * NEAR + in_group % width;
+    s.tokens = group * near + in_group % width;
   }
 };
 
@@ -106,10 +119,15 @@ template <int STAGES> struct Ring {
   }
 };
 
-// ---- Shared memory -----------------------------------------------------------------------------------------------------
+// ---- Shared memory -------------------------------------------------------------------------------------------------
+
+// Sums pass to the output through slabs of SLAB tokens, as values of type Staged.
+template <class Tile, class Staged> constexpr int SLAB =
+    Tile::TOKENS == 256 && sizeof(Staged) == 2 ? 64 :
+    Tile::TOKENS >= 128 && Tile::SPLIT == 1 ? 32 : Tile::PART_TOKENS < 16 ? Tile::PART_TOKENS : 16;
 
 template <class Tile, class Staged> struct SharedMemory {
-  static constexpr int SLAB_BYTES = Tile::SLAB * Tile::GROUP_FEATURES * sizeof(Staged);
+  static constexpr int SLAB_BYTES = SLAB<Tile, Staged> * Tile::GROUP_FEATURES * sizeof(Staged);
   static constexpr int SLABS_AT = Tile::STAGES * Tile::STAGE_BYTES;
   static constexpr int INBOX_AT = SLABS_AT + Tile::CONSUMERS * 2 * SLAB_BYTES;
   static constexpr int BARRIERS_AT = INBOX_AT + Tile::CONSUMERS * (Tile::SPLIT - 1) * Tile::PART_BYTES;
@@ -117,8 +135,9 @@ template <class Tile, class Staged> struct SharedMemory {
 
   unsigned char* base;
 
-  DEVICE unsigned char* w(int stage) const { return base + stage * Tile::STAGE_BYTES; }
-  DEVICE unsigned char* x(int stage) const { return w(stage) + Tile::W_BYTES; }
+  DEVICE unsigned char* x(int stage) const { return base + stage * Tile::STAGE_BYTES; }
+  DEVICE unsigned char* w(int stage) const { return x(stage) + Tile::X_BYTES; }
+  DEVICE unsigned char* scales(int stage) const { return w(stage) + Tile::TILES * TILE_CODES; }
   DEVICE Staged* slab(int consumer, int which) const {
     return reinterpret_cast<Staged*>(base + SLABS_AT + (2 * consumer + which) * SLAB_BYTES);
   }
@@ -138,7 +157,7 @@ template <class Tile, class Staged> struct SharedMemory {
       init_barrier(full(s), 1);
       init_barrier(empty(s), READERS);
     }
-    for (int c = 0; c < Tile::CONSUMERS; c++) {
+    for (int c = 0; Tile::SPLIT > 1 && c < Tile::CONSUMERS; c++) {
       init_barrier(inbox_full(c), 1);
       init_barrier(inbox_read(c), (Tile::SPLIT - 1) * WARP_GROUP);
     }
@@ -146,7 +165,7 @@ template <class Tile, class Staged> struct SharedMemory {
   }
 };
 
-// ---- The producer ------------------------------------------------------------------------------------------------------
+// ---- The producer --------------------------------------------------------------------------------------------------
 
 // Walks through the steps of a worker's segments.
 struct Cursor {
@@ -165,41 +184,61 @@ struct Cursor {
   }
 };
 
+// The host's maps (`scales` only for Weights::Q4), innermost dimension first, strides in bytes; zeros outside. Maps of
+// gated weights, of 2 N rows, bring rows of the gate and of the up projection alternately: 8 of each, or 16 with Q4.
+//   x             (K, rows)        stride 2K               box (64, SHARED_TOKENS)                swizzle 128 bytes
+//   w             (K, N)           stride 2K               box (64, CONSUMERS * 64)               swizzle 128 bytes
+//   w, gated      (K, 8, 2, N/8)   strides 2K, 2NK, 16K    box (64, 8, 2, CONSUMERS * 4)          swizzle 128 bytes
+//   codes (u32)   (2K, G, N/16)    strides NK/2, 8K        box (128, G, CONSUMERS * 4 / G)        no swizzle; G = 2 for
+//   scales (f16)  (K/2, G, N/16)   strides NK/16, K        box (32, G, CONSUMERS * 4 / G)         gated weights, else 1
+struct Maps {
+  const TensorMap &w, &scales, &x;
+};
+
 template <class Tile, class Shared>
-DEVICE void load_w(const Shared& shared, const TensorMap& map, const Cursor& c, int sharer, int stage) {
-  arrive_expecting(shared.full(stage), Tile::STAGE_BYTES);
+DEVICE void load_w(const Shared& shared, const Maps& maps, const Cursor& c, int sharer, int stage) {
+  u64* full = shared.full(stage);
+  u64 policy = drop_first();
   int feature = (c.at.features * Tile::SHARE + sharer) * Tile::FEATURES;
-  if constexpr (Tile::GATED) load_box(shared.w(stage), map, shared.full(stage), c.k * BLOCK_K, 0, 0, feature / 8);
-  else load_box(shared.w(stage), map, shared.full(stage), c.k * BLOCK_K, feature);
+  arrive_expecting(full, Tile::W_BYTES + Tile::X_BYTES);
+  if constexpr (Tile::WEIGHTS == Weights::Q4) {  // 32-bit words of codes, 16-bit scales
+    load_box(shared.w(stage), maps.w, full, policy, c.k * (TILE_CODES / 4), 0, feature / TILE_ROWS);
+    load_box(shared.scales(stage), maps.scales, full, policy, c.k * (TILE_SCALES / 2), 0, feature / TILE_ROWS);
+  } else if constexpr (Tile::GATED) {
+    load_box(shared.w(stage), maps.w, full, policy, c.k * BLOCK_K, 0, 0, feature / 8);
+  } else {
+    load_box(shared.w(stage), maps.w, full, policy, c.k * BLOCK_K, feature);
+  }
 }
 
 template <class Tile, class Shared>
-DEVICE void load_x(const Shared& shared, const TensorMap& map, const Cursor& c, int sharer, int stage) {
+DEVICE void load_x(const Shared& shared, const Maps& maps, const Cursor& c, int sharer, int stage) {
   int token = c.at.tokens * Tile::TOKENS + sharer * Tile::SHARED_TOKENS;
   unsigned char* to = shared.x(stage) + sharer * Tile::SHARED_TOKENS * ROW_BYTES;
   if constexpr (Tile::SHARE == 1) {
-    load_box(to, map, shared.full(stage), c.k * BLOCK_K, token);
+    load_box(to, maps.x, shared.full(stage), drop_last(), c.k * BLOCK_K, token);
   } else {
     int sharers = ((1 << Tile::SHARE) - 1) << (c.schedule.part * Tile::SHARE);
-    load_box_to_all(to, map, shared.full(stage), c.k * BLOCK_K, token, sharers);
+    load_box_to_all(to, maps.x, shared.full(stage), drop_last(), c.k * BLOCK_K, token, sharers);
   }
 }
 
 // One thread. W does not depend on the kernel before this one, so the ring is filled with it while that one ends.
 template <class Tile, class Shared>
-DEVICE void produce(const Shared& shared, const TensorMap& w, const TensorMap& x, const Schedule& schedule, int sharer) {
-  prefetch_map(w);
-  prefetch_map(x);
+DEVICE void produce(const Shared& shared, const Maps& maps, const Schedule& schedule, int sharer) {
+  prefetch_map(maps.w);
+  if (Tile::WEIGHTS == Weights::Q4) prefetch_map(maps.scales);
+  prefetch_map(maps.x);
   Cursor ahead(schedule);
-  for (int s = 0; s < Tile::STAGES && ahead.valid; s++, ahead.advance()) load_w<Tile>(shared, w, ahead, sharer, s);
+  for (int s = 0; s < Tile::STAGES && ahead.valid; s++, ahead.advance()) load_w<Tile>(shared, maps, ahead, sharer, s);
   wait_for_previous();
 
   Ring<Tile::STAGES> ring;
   bool first_pass = true;
   for (Cursor c(schedule); c.valid; c.advance()) {
     wait(shared.empty(ring.stage), ring.parity ^ 1);  // goes on at once in the first pass
-    if (!first_pass) load_w<Tile>(shared, w, c, sharer, ring.stage);
-    load_x<Tile>(shared, x, c, sharer, ring.stage);
+    if (!first_pass) load_w<Tile>(shared, maps, c, sharer, ring.stage);
+    load_x<Tile>(shared, maps, c, sharer, ring.stage);
     ring.advance();
     if (ring.stage == 0) first_pass = false;
   }
@@ -208,7 +247,7 @@ DEVICE void produce(const Shared& shared, const TensorMap& w, const TensorMap& x
     wait(shared.empty(ring.stage), ring.parity ^ 1);
 }
 
-// ---- The consumers -----------------------------------------------------------------------------------------------------
+// ---- The consumers -------------------------------------------------------------------------------------------------
 
 // Tells the blocks that write to this buffer that this warp has read it.
 template <class Tile, class Shared> DEVICE void release(const Shared& shared, int stage, int part) {
@@ -244,6 +283,84 @@ DEVICE void multiply(float (&sums)[Tile::SUMS], const Shared& shared, Ring<Tile:
   release<Tile>(shared, before, part);
 }
 
+// Where this lane finds the codes of its rows and columns of a fragment: row g and 8 further, columns 2t and 2t + 1 of
+// an octet, whose bytes hold columns j (low nibble) and j + 4.
+template <class Tile> struct CodePlace {
+  int low, high;   // the two rows, numbered over the block's tiles
+  u32 shift;       // to the nibble
+  u32 selector;    // of the two bytes, with the byte that makes them floating-point numbers
+
+  DEVICE CodePlace() {
+    int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    if constexpr (Tile::GATED) {  // two warps share a tile of the gate and the next tile, of the up projection
+      low = warp / 2 * 2 * TILE_ROWS + warp % 2 * 8 + g;
+      high = low + TILE_ROWS;
+    } else {
+      low = warp * TILE_ROWS + g;
+      high = low + 8;
+    }
+    shift = t / 2 * 4;
+    selector = t % 2 ? 0x4342 : 0x4140;
+  }
+  DEVICE static u32 octet(const unsigned char* codes, int row, int octet) {
+    int tile = row / TILE_ROWS * TILE_CODES;
+    return *reinterpret_cast<const u32*>(codes + tile + octet * TILE_ROWS * 4 + row % TILE_ROWS * 4);
+  }
+  DEVICE static f16 scale(const unsigned char* scales, int row, int group) {
+    int tile = row / TILE_ROWS * TILE_SCALES;
+    return *reinterpret_cast<const f16*>(scales + tile + group * TILE_ROWS * 2 + row % TILE_ROWS * 2);
+  }
+};
+
+// A code as the lowest bits of a number 2^p, which minus 2^p + 8 is the code's value.
+template <class T> struct CodeNumber;
+template <> struct CodeNumber<f16> {
+  static constexpr u32 TOP_BYTE = 0x64, MINUS_ZERO_POINT = 0xe408e408, ONE = 0x3c003c00;  // 1024, -1032
+};
+template <> struct CodeNumber<bf16> {
+  static constexpr u32 TOP_BYTE = 0x43, MINUS_ZERO_POINT = 0xc308c308, ONE = 0x3f803f80;  // 128, -136
+};
+
+// Two neighbouring values of a row.
+template <class T> DEVICE u32 dequantize(u32 octet, u32 shift, u32 selector, u32 scales) {
+  using Number = CodeNumber<T>;
+  u32 pair = __byte_perm(octet >> shift & 0x0f0f0f0f, Number::TOP_BYTE, selector);
+  return fma_pair<T>(fma_pair<T>(pair, Number::ONE, Number::MINUS_ZERO_POINT), scales, 0);
+}
+
+// Like multiply(), with the left operand made in registers; the other consumer's products run meanwhile.
+template <class T, class Tile, class Shared>
+DEVICE void multiply_codes(float (&sums)[Tile::SUMS], const Shared& shared, Ring<Tile::STAGES>& ring, int steps,
+                           int part) {
+  CodePlace<Tile> place;
+  for (int i = 0; i < steps; i++) {
+    wait(shared.full(ring.stage), ring.parity);
+    const unsigned char *codes = shared.w(ring.stage), *scales = shared.scales(ring.stage);
+    u64 x = swizzled_rows(shared.x(ring.stage));
+    u32 a[BLOCK_K / 16][4];
+#pragma unroll
+    for (int k = 0; k < BLOCK_K / 16; k++) {
+      float low = to_float(place.scale(scales, place.low, 16 * k / GROUP));
+      float high = to_float(place.scale(scales, place.high, 16 * k / GROUP));
+      u32 low_scales = pack<T>(low, low), high_scales = pack<T>(high, high);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        int octet = 2 * k + half;
+        a[k][2 * half] = dequantize<T>(place.octet(codes, place.low, octet), place.shift, place.selector, low_scales);
+        a[k][2 * half + 1] =
+            dequantize<T>(place.octet(codes, place.high, octet), place.shift, place.selector, high_scales);
+      }
+    }
+    fence_products();
+#pragma unroll
+    for (int k = 0; k < BLOCK_K / 16; k++) wgmma<T>(sums, a[k], x + 2 * k, i > 0 || k > 0);
+    commit_products();
+    wait_products<0>();
+    release<Tile>(shared, ring.stage, part);
+    ring.advance();
+  }
+}
+
 // The sums of part of a tile, for the worker that has its beginning. Each block has room for one tile, in the order of
 // registers: partials[block][consumer][4 sums][thread].
 template <class Tile> struct Partials {
@@ -277,9 +394,9 @@ template <class Tile> struct Partials {
 // Adds what the workers after this one computed of the tile, in their order.
 template <class Tile>
 DEVICE void add_others(float (&sums)[Tile::SUMS], const Partials<Tile>& partials, const Schedule& schedule, int covered,
-                       int rank, int consumer) {
+                       int sharer, int consumer) {
   for (int w = schedule.worker + 1; covered < schedule.k_steps; w++) {
-    partials.add(sums, w * Tile::CLUSTER + rank, consumer);
+    partials.add(sums, w * Tile::SHARE + sharer, consumer);
     covered += schedule.first_step(w + 1) - schedule.first_step(w);
   }
 }
@@ -322,8 +439,12 @@ DEVICE float silu(float v) {
 template <class Out> struct Output {
   Out* out;               // (n, N)
   const float* bias;      // (N) or null
-  const float* residual;  // (n, N), only for kernels with RESIDUAL
+  const float* residual;  // (n, N) or null
   int n, N;
+  bool is_large;          // compared with the L2 cache
+
+  DEVICE Output(Out* out, const float* bias, const float* residual, int n, int N)
+      : out(out), bias(bias), residual(residual), n(n), N(N), is_large(i64(n) * N * sizeof(Out) > LARGE) {}
 };
 
 // Where a feature of a token lies in a slab [token][feature]. Groups of 8 features are swapped such that a warp, which
@@ -340,7 +461,7 @@ template <class Tile> DEVICE void write_slab(float* slab, const float* sums, con
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4;
   int g = lane / 4, t = lane % 4;
 #pragma unroll
-  for (int i = 0; i < Tile::SLAB / 4; i++) {
+  for (int i = 0; i < SLAB<Tile, float> / 4; i++) {
     int token = i / 2 * 8 + 2 * t + i % 2;
     float low = sums[i / 2 * 4 + i % 2], high = sums[i / 2 * 4 + i % 2 + 2];
     if constexpr (Tile::GATED) {
@@ -353,7 +474,7 @@ template <class Tile> DEVICE void write_slab(float* slab, const float* sums, con
 }
 template <class Tile, class T> DEVICE void write_slab(T* slab, const float* sums, const float (&bias)[2]) {
   constexpr int COLUMNS = Tile::GATED ? 1 : 2;  // matrices of 8 features in a warp's rows; SLAB / 8 of 8 tokens
-  constexpr int MATRICES = Tile::SLAB / 8 * COLUMNS, TOGETHER = MATRICES < 4 ? MATRICES : 4;
+  constexpr int MATRICES = SLAB<Tile, T> / 8 * COLUMNS, TOGETHER = MATRICES < 4 ? MATRICES : 4;
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4;
 #pragma unroll
   for (int first = 0; first < MATRICES; first += TOGETHER) {
@@ -379,50 +500,105 @@ template <class V, int N> struct alignas(N * sizeof(V) < 16 ? N * sizeof(V) : 16
   V values[N];
 };
 
-// A slab to the rows from `token` and the columns from `feature` of the output.
-template <class Tile, bool RESIDUAL, class Staged, class Out>
-DEVICE void read_slab(const Staged* slab, const Output<Out>& to, int token, int feature) {
-  constexpr int WIDTH = 16 / sizeof(Out);
-  constexpr int ROW_THREADS = Tile::GROUP_FEATURES / WIDTH;
-  if (feature >= to.N) return;
+// A thread's part of a slab as it is read: VECTORS times WIDTH features of a token.
+template <class Tile, class Staged, class Out> struct SlabPart {
+  static constexpr int WIDTH = 16 / sizeof(Out);
+  static constexpr int ROW_THREADS = Tile::GROUP_FEATURES / WIDTH;
+  static constexpr int ROWS = SLAB<Tile, Staged>;
+  static constexpr int VECTORS = (ROWS * ROW_THREADS + WARP_GROUP - 1) / WARP_GROUP;
+  using Values = Vector<float, WIDTH>[VECTORS];
+
+  DEVICE static int row(int i) { return (i * WARP_GROUP + threadIdx.x % WARP_GROUP) / ROW_THREADS; }
+  DEVICE static int column() { return threadIdx.x % ROW_THREADS * WIDTH; }
+  DEVICE static bool is_inside(const Output<Out>& to, int i, int token, int feature) {
+    return row(i) < ROWS && token + row(i) < to.n && feature < to.N;
+  }
+  DEVICE static i64 place(const Output<Out>& to, int i, int token, int feature) {
+    return i64(token + row(i)) * to.N + feature + column();
+  }
+};
+
+template <class Part, class Out>
+DEVICE void load_residual(typename Part::Values& values, const Output<Out>& to, int token, int feature) {
 #pragma unroll
-  for (int i = threadIdx.x % WARP_GROUP; i < Tile::SLAB * ROW_THREADS; i += WARP_GROUP) {
-    int row = i / ROW_THREADS, column = i % ROW_THREADS * WIDTH;
-    if (token + row >= to.n) return;
-    auto v = *reinterpret_cast<const Vector<Staged, WIDTH>*>(slab + slab_index<Tile, Staged>(row, column));
-    i64 at = i64(token + row) * to.N + feature + column;
-    if constexpr (RESIDUAL) {
-      auto r = *reinterpret_cast<const Vector<float, WIDTH>*>(to.residual + at);
-      for (int j = 0; j < WIDTH; j++) v.values[j] += r.values[j];
-    }
-    Vector<Out, WIDTH> o;
-    if constexpr (sizeof(Out) == sizeof(Staged)) o = reinterpret_cast<const Vector<Out, WIDTH>&>(v);
-    else for (int j = 0; j < WIDTH; j++) o.values[j] = from_float<Out>(to_float(v.values[j]));
-    *reinterpret_cast<Vector<Out, WIDTH>*>(to.out + at) = o;
+  for (int i = 0; i < Part::VECTORS; i++) {
+    values[i] = {};
+    if (!to.residual || !Part::is_inside(to, i, token, feature)) continue;
+    const float* from = to.residual + Part::place(to, i, token, feature);
+    values[i] = *reinterpret_cast<const Vector<float, Part::WIDTH>*>(from);
+  }
+}
+
+// A slab to the rows from `token` and the columns from `feature` of the output.
+template <class Tile, class Part, class Staged, class Out>
+DEVICE void read_slab(const Staged* slab, const typename Part::Values& residual, const Output<Out>& to, int token,
+                      int feature) {
+#pragma unroll
+  for (int i = 0; i < Part::VECTORS; i++) {
+    if (!Part::is_inside(to, i, token, feature)) continue;
+    const Staged* from = slab + slab_index<Tile, Staged>(Part::row(i), Part::column());
+    auto v = *reinterpret_cast<const Vector<Staged, Part::WIDTH>*>(from);
+    Vector<Out, Part::WIDTH> o;
+    if constexpr (sizeof(Staged) == 4)
+      for (int j = 0; j < Part::WIDTH; j++) o.values[j] = from_float<Out>(v.values[j] + residual[i].values[j]);
+    else o = v;
+    uint4* place = reinterpret_cast<uint4*>(to.out + Part::place(to, i, token, feature));
+    const uint4& bits = reinterpret_cast<const uint4&>(o);
+    if (to.is_large) __stcs(place, bits);  // and leaves the cache to x
+    else *place = bits;
   }
 }
 
 // The sums of a part of a tile to the output. A slab is written by features and read by tokens; there are two, so one
-// barrier between writing and reading is enough. `which` says whose turn it is.
-template <class Tile, bool RESIDUAL, class Shared, class Out>
-DEVICE void store(const float* sums, const Shared& shared, const Output<Out>& to, int token, int feature, int& which) {
+// barrier between writing and reading is enough. `which` says whose turn it is. The residual is read a slab ahead.
+template <class Tile, class Staged, class Out>
+DEVICE void store(const float* sums, const SharedMemory<Tile, Staged>& shared, const Output<Out>& to, int token,
+                  int feature, int& which) {
+  using Part = SlabPart<Tile, Staged, Out>;
   int consumer = threadIdx.x / WARP_GROUP;
   int row = feature + threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4;
   float bias[2] = {0.f, 0.f};
   if (!Tile::GATED && to.bias && feature < to.N) bias[0] = to.bias[row], bias[1] = to.bias[row + 8];
+  typename Part::Values residual, next;
+  if constexpr (sizeof(Staged) == 4) load_residual<Part>(next, to, token, feature);
 #pragma unroll
-  for (int first = 0; first < Tile::PART_TOKENS; first += Tile::SLAB) {
+  for (int first = 0; first < Tile::PART_TOKENS; first += Part::ROWS) {
     if (token + first < to.n) {
-      auto* slab = shared.slab(consumer, which);
+      Staged* slab = shared.slab(consumer, which);
       write_slab<Tile>(slab, sums + first / 2, bias);
+      if constexpr (sizeof(Staged) == 4) {
+#pragma unroll
+        for (int i = 0; i < Part::VECTORS; i++) residual[i] = next[i];
+        if (first + Part::ROWS < Tile::PART_TOKENS) load_residual<Part>(next, to, token + first + Part::ROWS, feature);
+      }
       sync_threads(1 + consumer, WARP_GROUP);
-      read_slab<Tile, RESIDUAL>(slab, to, token + first, feature);
+      read_slab<Tile, Part>(slab, residual, to, token + first, feature);
       which ^= 1;
     }
   }
 }
 
-template <class T, class Tile, bool RESIDUAL, class Shared, class Out>
+// The sums of blocks that split k: to each its part, which it adds up and stores. `parity` is that of the inbox.
+template <class Tile, class Shared, class Out>
+DEVICE void exchange_and_store(float (&sums)[Tile::SUMS], const Shared& shared, const Output<Out>& to, int token,
+                               int feature, int sharer, int part, u32& parity, int& which) {
+  int consumer = threadIdx.x / WARP_GROUP;
+  if (threadIdx.x % WARP_GROUP == 0)
+    arrive_expecting(shared.inbox_full(consumer), (Tile::SPLIT - 1) * Tile::PART_BYTES);
+  wait(shared.inbox_read(consumer), parity ^ 1);  // the others have read the sums of the tile before
+  send_sums<Tile>(sums, shared, consumer, sharer, part);
+  wait(shared.inbox_full(consumer), parity);
+#pragma unroll
+  for (int p = 0; p < Tile::SPLIT; p++) {  // registers must be known at compile time, this block's part is not
+    if (p != part) continue;
+    float* own = sums + p * Tile::PART_SUMS;
+    receive_sums<Tile>(own, shared, consumer, sharer, part);
+    store<Tile>(own, shared, to, token + p * Tile::PART_TOKENS, feature, which);
+  }
+  parity ^= 1;
+}
+
+template <class T, class Tile, class Shared, class Out>
 DEVICE void consume(const Shared& shared, Schedule schedule, const Partials<Tile>& partials, const Output<Out>& to,
                     int sharer) {
   wait_for_previous();
@@ -430,47 +606,31 @@ DEVICE void consume(const Shared& shared, Schedule schedule, const Partials<Tile
   Ring<Tile::STAGES> ring;
   Segment s;
   int which = 0;
-  u32 parity = 0;  // of the inbox
+  u32 parity = 0;
   while (schedule.next(s)) {
     float sums[Tile::SUMS];
-    multiply<T, Tile>(sums, shared, ring, s.k_end - s.k_begin, part);
+    int steps = s.k_end - s.k_begin;
+    if constexpr (Tile::WEIGHTS == Weights::Q4) multiply_codes<T, Tile>(sums, shared, ring, steps, part);
+    else multiply<T, Tile>(sums, shared, ring, steps, part);
     int feature = (s.features * Tile::SHARE + sharer) * Tile::FEATURES + consumer * Tile::GROUP_FEATURES;
     int token = s.tokens * Tile::TOKENS;
     if constexpr (Tile::SPLIT > 1) {
-      if (threadIdx.x % WARP_GROUP == 0)
-        arrive_expecting(shared.inbox_full(consumer), (Tile::SPLIT - 1) * Tile::PART_BYTES);
-      wait(shared.inbox_read(consumer), parity ^ 1);  // the others have read the sums of the tile before
-      send_sums<Tile>(sums, shared, consumer, sharer, part);
-      wait(shared.inbox_full(consumer), parity);
-#pragma unroll
-      for (int p = 0; p < Tile::SPLIT; p++) {  // registers are known at compile time, this block's part is not
-        if (p != part) continue;
-        float* own = sums + p * Tile::PART_SUMS;
-        receive_sums<Tile>(own, shared, consumer, sharer, part);
-        store<Tile, RESIDUAL>(own, shared, to, token + p * Tile::PART_TOKENS, feature, which);
-      }
-      parity ^= 1;
+      exchange_and_store<Tile>(sums, shared, to, token, feature, sharer, part, parity, which);
     } else if (s.k_begin > 0) {
       partials.give(sums, schedule.worker * Tile::SHARE + sharer, consumer);
     } else {
       add_others<Tile>(sums, partials, schedule, s.k_end, sharer, consumer);
-      store<Tile, RESIDUAL>(sums, shared, to, token, feature, which);
+      store<Tile>(sums, shared, to, token, feature, which);
     }
   }
   if (Tile::SPLIT > 1) wait(shared.inbox_read(consumer), parity ^ 1);  // others still arrive at this block's barriers
 }
 
-// ---- The kernel --------------------------------------------------------------------------------------------------------
+// ---- The kernels ---------------------------------------------------------------------------------------------------
 
-// T: f16 or bf16. Out: T or float. N is a multiple of 64, K of 8; K has at least SPLIT steps of 64.
-// partials and flags: one tile of f32 sums and CONSUMERS flags for each block, if split_tiles is not 0 (which needs
-// SPLIT = 1); flags start as 0 and end as 0.
-template <class T, class Out, int TOKENS, int CONSUMERS, int SHARE, int SPLIT, int STAGES, bool GATED, bool RESIDUAL>
-__global__ __cluster_dims__(SHARE * SPLIT, 1, 1)
-__launch_bounds__(Tiling<TOKENS, CONSUMERS, SHARE, SPLIT, STAGES, GATED>::THREADS, 1)
-void gemm_wgmma(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const float* bias,
-                const float* residual, Out* out, float* partials, u32* flags, int n, int N, int K, int split_tiles) {
-  using Tile = Tiling<TOKENS, CONSUMERS, SHARE, SPLIT, STAGES, GATED>;
+template <class T, class Tile, bool RESIDUAL, class Out>
+DEVICE void gemm_block(const Maps& maps, const Output<Out>& to, const Partials<Tile>& partials, int K,
+                       int split_tiles) {
   using Staged = typename Choose<RESIDUAL, float, Out>::type;
   DYNAMIC_SHARED(dynamic_shared);
   SharedMemory<Tile, Staged> shared{dynamic_shared};
@@ -479,18 +639,44 @@ void gemm_wgmma(const __grid_constant__ TensorMap w, const __grid_constant__ Ten
   if constexpr (Tile::CLUSTER > 1) sync_cluster();
   else __syncthreads();
 
-  int rank = blockIdx.x % Tile::CLUSTER, sharer = rank % SHARE, part = rank / SHARE;
-  constexpr int WORKER_FEATURES = SHARE * Tile::FEATURES;
-  Schedule schedule((N + WORKER_FEATURES - 1) / WORKER_FEATURES, (n + TOKENS - 1) / TOKENS,
-                    (K + BLOCK_K - 1) / BLOCK_K, blockIdx.x / Tile::CLUSTER, gridDim.x / Tile::CLUSTER, part, SPLIT,
-                    split_tiles);
-  if (threadIdx.x >= CONSUMERS * WARP_GROUP) {
+  int rank = blockIdx.x % Tile::CLUSTER, sharer = rank % Tile::SHARE, part = rank / Tile::SHARE;
+  constexpr int WORKER_FEATURES = Tile::SHARE * Tile::FEATURES;
+  Schedule schedule((to.N + WORKER_FEATURES - 1) / WORKER_FEATURES, (to.n + Tile::TOKENS - 1) / Tile::TOKENS,
+                    NEAR_TOKENS / Tile::TOKENS, (K + BLOCK_K - 1) / BLOCK_K, blockIdx.x / Tile::CLUSTER,
+                    gridDim.x / Tile::CLUSTER, part, Tile::SPLIT, split_tiles);
+  if (threadIdx.x >= Tile::CONSUMERS * WARP_GROUP) {
     if constexpr (Tile::MOVES_REGISTERS) give_registers_back<Tile::PRODUCER_REGISTERS>();
-    if (threadIdx.x == CONSUMERS * WARP_GROUP) produce<Tile>(shared, w, x, schedule, sharer);
-    sync_warp();
+    if (threadIdx.x == Tile::CONSUMERS * WARP_GROUP) produce<Tile>(shared, maps, schedule, sharer);
   } else {
     if constexpr (Tile::MOVES_REGISTERS) take_registers<Tile::CONSUMER_REGISTERS>();
-    consume<T, Tile, RESIDUAL>(shared, schedule, Partials<Tile>{reinterpret_cast<float4*>(partials), flags},
-                               Output<Out>{out, bias, residual, n, N}, sharer);
+    consume<T, Tile>(shared, schedule, partials, to, sharer);
   }
 }
+
+// T: f16 or bf16. Out: T or float; RESIDUAL is needed only to add a residual to an output of type T. N is a multiple of
+// 64, K of 32; K has at least SPLIT steps of 64. bias (N) and residual (n, N) may be null.
+// partials and flags: one tile of f32 sums and CONSUMERS flags for each block, if split_tiles is not 0 (which needs
+// SPLIT = 1); flags start as 0 and end as 0.
+template <class T, class Out, int TOKENS, int CONSUMERS, int SHARE, int SPLIT, int STAGES, bool GATED, bool RESIDUAL>
+__global__ __cluster_dims__(SHARE * SPLIT, 1, 1)
+__launch_bounds__(Tiling<Weights::DENSE, TOKENS, CONSUMERS, SHARE, SPLIT, STAGES, GATED>::THREADS, 1)
+void gemm_wgmma(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const float* bias,
+                const float* residual, Out* out, float* partials, u32* flags, int n, int N, int K, int split_tiles) {
+  using Tile = Tiling<Weights::DENSE, TOKENS, CONSUMERS, SHARE, SPLIT, STAGES, GATED>;
+  gemm_block<T, Tile, RESIDUAL>(Maps{w, w, x}, Output<Out>(out, bias, residual, n, N),
+                                Partials<Tile>{reinterpret_cast<float4*>(partials), flags}, K, split_tiles);
+}
+
+// The same with 4-bit codes and their scales. Values are rounded to T before they are multiplied.
+template <class T, class Out, int TOKENS, int CONSUMERS, int SHARE, int SPLIT, int STAGES, bool GATED, bool RESIDUAL>
+__global__ __cluster_dims__(SHARE * SPLIT, 1, 1)
+__launch_bounds__(Tiling<Weights::Q4, TOKENS, CONSUMERS, SHARE, SPLIT, STAGES, GATED>::THREADS, 1)
+void gemm_wgmma_q4(const __grid_constant__ TensorMap codes, const __grid_constant__ TensorMap scales,
+                   const __grid_constant__ TensorMap x, const float* bias, const float* residual, Out* out,
+                   float* partials, u32* flags, int n, int N, int K, int split_tiles) {
+  using Tile = Tiling<Weights::Q4, TOKENS, CONSUMERS, SHARE, SPLIT, STAGES, GATED>;
+  gemm_block<T, Tile, RESIDUAL>(Maps{codes, scales, x}, Output<Out>(out, bias, residual, n, N),
+                                Partials<Tile>{reinterpret_cast<float4*>(partials), flags}, K, split_tiles);
+}
+
+}  // namespace gemm

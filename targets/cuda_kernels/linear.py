@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlcgen.formats import WeightFormat
+from mlcgen.formats import F16, WeightFormat
 from mlcgen.runtime.sizes import Size
 from mlcgen.targets.base import Linear
 from mlcgen.targets.device_kernel import (
@@ -20,17 +20,36 @@ from mlcgen.targets.device_kernel import (
     times,
 )
 
-from .code import C_TYPES, HALVES, cpp, definition, operand_type
+from . import gemm
+from .code import C_TYPES, HALVES, cpp, definition, operand_type, stored_type
 
-WARPS = 8
-THREADS = WARPS * 32
-NORM_TOKENS = 4  # up to here each block normalizes the tokens itself; more are normalized once, by a kernel before
-TOKEN_TILES = (1, 2, 4, 8)  # of 8 tokens, that a block of the streaming kernel takes
-# Chunks of weights in flight per warp, by bits and token tiles: as many as registers hold.
-AHEAD = {16: (4, 4, 2, 1), 8: (4, 4, 2, 1), 4: (8, 4, 2, 2)}
+THREADS = 256  # of the kernels before
+STAGED_TOKENS = 4  # up to here each block keeps, and normalizes, the tokens itself; more are normalized once, before
+FEW_TOKENS = 16  # up to here the weights stream; beyond, Hopper has a better kernel
+SUM_BYTES = 32 * 4  # of a warp for each token (and one between): floats of 32 rows
 
 
-def linear(spec: Linear) -> DeviceKernel:
+@dataclass(frozen=True)
+class Shape:
+    """A way to run the streaming kernel: tiles of 8 tokens, and what registers allow for each."""
+
+    tiles: int
+    warps: int
+    ahead: int  # chunks of weights in flight per warp
+    blocks: int  # at once on a multiprocessor
+    prefetch: int = 0  # columns that are brought into the second-level cache at the start
+
+
+# By bits of a weight: for few tokens, kept in shared memory; and for up to 8, 16, 32 and more.
+STAGED = {16: Shape(1, 16, 2, 1), 8: Shape(1, 16, 2, 2), 4: Shape(1, 16, 4, 2)}
+STREAMED = {
+    16: (Shape(1, 8, 4, 2), Shape(2, 8, 4, 2), Shape(4, 8, 2, 2), Shape(8, 8, 1, 1)),
+    8: (Shape(1, 8, 4, 2), Shape(2, 8, 4, 2), Shape(4, 8, 2, 1), Shape(8, 8, 1, 1)),
+    4: (Shape(1, 8, 6, 2), Shape(2, 8, 4, 2), Shape(4, 8, 2, 1), Shape(8, 8, 2, 1)),
+}
+
+
+def linear(spec: Linear, arch: str) -> DeviceKernel:
     fmt, has_norm = spec.fmt, spec.norm_eps is not None
     operand = operand_type(fmt)
     params = [Param("x", ("n", spec.in_features), "float32", () if has_norm else (operand,))]
@@ -43,7 +62,7 @@ def linear(spec: Linear) -> DeviceKernel:
     if spec.has_residual:
         params.append(Param("residual", ("n", width), "float32"))
     params.append(Param("out", ("n", width), "float32", () if spec.has_residual else HALVES))
-    kernel = _Linear(spec, [p.name for p in params], operand)
+    kernel = _Linear(spec, [p.name for p in params], operand, arch)
     flops = 2 * spec.out_features * spec.in_features
     return DeviceKernel(spec.name, tuple(params), kernel.code, "kernel: targets/cuda_kernels/linear.py", flops)
 
@@ -53,19 +72,110 @@ class _Linear:
     spec: Linear
     params: list[str]
     operand: str
+    arch: str
 
     def code(self, dtypes: Sequence[str]) -> Code:
         functions: dict[str, str] = {}
-        variants = []
-        has_norm = self.spec.norm_eps is not None
-        if has_norm:
-            variants.append(Variant(["<=", "n", NORM_TOKENS], (self._stream(functions, dtypes, 0, True),)))
+        spec, fmt = self.spec, self.spec.fmt
+        has_wgmma = self.arch == "sm_90"
         before = self._before(functions, dtypes)
-        for i, tiles in enumerate(TOKEN_TILES):
-            when: Size = ["<=", "n", 8 * tiles] if i + 1 < len(TOKEN_TILES) else 1
-            variants.append(Variant(when, (*before, self._stream(functions, dtypes, i, False))))
-        includes = ("linear_stream.cuh", "norm.cuh")
-        return Code(includes, functions, tuple(variants), times(times("n", self.spec.in_features), 2) if before else 0)
+        variants = []
+        if fmt.is_grouped or not has_wgmma or not gemm.fits(spec, fmt):
+            variants += self._few_tokens(functions, dtypes, before)
+        if has_wgmma and gemm.fits(spec, fmt):
+            variants += self._gemm(functions, dtypes, before)
+        elif has_wgmma and fmt.is_grouped and gemm.fits(spec, F16):
+            variants += self._decoded_gemm(functions, dtypes, before)
+        else:
+            variants.append(Variant(1, (*before, self._stream(functions, dtypes, STREAMED[fmt.bits][-1], False))))
+        includes = ["linear_stream.cuh", "norm.cuh", "stored.cuh", *(["gemm_wgmma.cuh"] if has_wgmma else [])]
+        scratch_bytes = ["+", self._token_bytes if before else 0, self._decoded_bytes if has_wgmma else 0]
+        return Code(tuple(includes), functions, tuple(variants), scratch_bytes)
+
+    @property
+    def _token_bytes(self) -> Size:
+        return times(times("n", self.spec.in_features), 2)
+
+    @property
+    def _decoded_bytes(self) -> int:
+        """Of the whole matrix in 16 bits, where the format has no kernel of its own for many tokens."""
+        is_decoded = self.spec.fmt.is_grouped and not gemm.is_q4(self.spec.fmt)
+        return self.spec.out_features * self.spec.in_features * 2 if is_decoded else 0
+
+    def _few_tokens(
+        self, functions: dict[str, str], dtypes: Sequence[str], before: tuple[Launch, ...]
+    ) -> list[Variant]:
+        """Kernels that are bound by reading the weights."""
+        bits, variants = self.spec.fmt.bits, []
+        if self.spec.norm_eps is not None or dtypes[0] == self.operand:
+            launch = self._stream(functions, dtypes, STAGED[bits], is_staged=True)
+            variants.append(Variant(["<=", "n", STAGED_TOKENS], (launch,)))
+        for shape in STREAMED[bits]:
+            if 8 * shape.tiles <= FEW_TOKENS or self.arch != "sm_90":
+                launch = self._stream(functions, dtypes, shape, is_staged=False)
+                variants.append(Variant(["<=", "n", 8 * shape.tiles], (*before, launch)))
+        return variants
+
+    def _gemm(self, functions: dict[str, str], dtypes: Sequence[str], before: tuple[Launch, ...]) -> list[Variant]:
+        """Hopper's tensor cores on the stored matrix."""
+        spec, q4 = self.spec, self.spec.fmt.is_grouped
+        tilings = gemm.q4_tilings(spec.out_features) if q4 else gemm.dense_tilings(spec.out_features)
+        variants = []
+        for most, tiling in tilings:
+            if q4:
+                maps = gemm.q4_maps(tiling, spec, self._arg("w"), self._arg("scale"))
+            else:
+                maps = [gemm.weight_map(tiling, spec, self._arg(self._matrix), self.operand)]
+            launch = self._gemm_launch(functions, dtypes, tiling, maps, q4)
+            variants.append(Variant(["<=", "n", most] if most else 1, (*before, launch)))
+        return variants
+
+    def _decoded_gemm(
+        self, functions: dict[str, str], dtypes: Sequence[str], before: tuple[Launch, ...]
+    ) -> list[Variant]:
+        """The matrix in 16 bits in scratch memory, then as above: decoding pays where there are many tokens."""
+        spec, fmt = self.spec, self.spec.fmt
+        n, k = spec.out_features, spec.in_features
+        name = f"decode_{fmt.name}_{n}x{k}"
+        body = f"decode_matrix<{stored_type(fmt, k)}, f16, {n}, {k}>(w, scale, minimum, out);"
+        pointers = ["const void* w", "const void* scale", "const void* minimum", "f16* out"]
+        functions[name] = definition(name, pointers, body, THREADS)
+        matrix = scratch(self._token_bytes if before else 0)
+        args = (self._arg("w"), self._arg("scale"), self._arg("minimum"), matrix)
+        decode = Launch(name, (-(-k // 32), -(-n // 32), 1), THREADS, args)
+        variants = []
+        for most, tiling in gemm.dense_tilings(n):
+            if most and most <= FEW_TOKENS:
+                continue
+            maps = [gemm.weight_map(tiling, spec, matrix, "float16")]
+            launch = self._gemm_launch(functions, dtypes, tiling, maps, q4=False)
+            variants.append(Variant(["<=", "n", most] if most else 1, (*before, decode, launch)))
+        return variants
+
+    def _gemm_launch(
+        self, functions: dict[str, str], dtypes: Sequence[str], tiling: gemm.Tiling, maps: list[list[object]], q4: bool
+    ) -> Launch:
+        spec, out = self.spec, dtypes[-1]
+        before, params, body = gemm.signature(tiling, spec, self.operand, out, q4)
+        numbers = (tiling.tokens, tiling.consumers, tiling.share, tiling.split, tiling.stages)
+        words = [*map(str, numbers), *(["gated"] if spec.gates_result else []), *(["q4"] if q4 else [])]
+        sizes = f"{spec.out_features}x{spec.in_features}"
+        name = "_".join(["gemm", self.operand, sizes, *words, out, *(["residual"] if spec.has_residual else [])])
+        functions[name] = f'extern "C" __global__ {before} void {name}({", ".join(params)}) {{ {body} }}\n'
+        x = scratch() if self._is_copied(dtypes) else tensor(0)
+        args = (*maps, gemm.token_map(tiling, spec, x, self.operand), self._arg("bias"), self._arg("residual"))
+        features = spec.out_features // 2 if spec.gates_result else spec.out_features
+        shared = tiling.shared(4 if out == "float32" else 2, spec.gates_result, q4)
+        grid = (tiling.grid(features, spec.gates_result), 1, 1)
+        return Launch(name, grid, tiling.threads, (*args, self._arg("out"), int32("n")), shared)
+
+    def _is_copied(self, dtypes: Sequence[str]) -> bool:
+        """Whether a kernel before leaves the tokens in scratch memory."""
+        return self.spec.norm_eps is not None or dtypes[0] != self.operand
+
+    @property
+    def _matrix(self) -> str:
+        return self.spec.fmt.parts(16, 64)[0][0]
 
     def _before(self, functions: dict[str, str], dtypes: Sequence[str]) -> tuple[Launch, ...]:
         """What makes 16-bit tokens of x, in scratch memory, where x is not that yet."""
@@ -87,38 +197,33 @@ class _Linear:
         grid = (ceildiv(groups, THREADS), 1, 1)
         return (Launch(name, grid, THREADS, (tensor(0), scratch(), int32(groups))),)
 
-    def _stream(self, functions: dict[str, str], dtypes: Sequence[str], index: int, fuses_norm: bool) -> Launch:
+    def _stream(self, functions: dict[str, str], dtypes: Sequence[str], shape: Shape, is_staged: bool) -> Launch:
         """The kernel that is bound by reading the weights."""
         spec, fmt = self.spec, self.spec.fmt
-        n, k, tiles = _stored_rows(spec), spec.in_features, TOKEN_TILES[index]
-        flags = "".join(f"_{word}" for word, on in (("norm", fuses_norm), ("gated", spec.gates_result)) if on)
-        name = f"linear_{fmt.name}_{n}x{k}{flags}_{dtypes[-1]}_{8 * tiles}"
-        ahead = AHEAD[fmt.bits][index]
-        template = (
-            f"StreamSpec<{_weights_type(fmt, n, k, spec.gates_result)}, {C_TYPES[dtypes[-1]]}, {n}, {k}, {tiles}, "
-            f"{WARPS}, {ahead}, {cpp(fuses_norm)}, {cpp(spec.gates_result)}>"
-        )
-        eps = f"{spec.norm_eps or 0.0!r}f"
+        n, k = spec.out_features, spec.in_features
+        has_norm = is_staged and spec.norm_eps is not None
+        flags = {"staged": is_staged, "norm": has_norm, "gated": spec.gates_result}
+        words = [fmt.name, f"{n}x{k}", *(word for word, on in flags.items() if on), dtypes[-1], str(8 * shape.tiles)]
+        name = "_".join(["linear", *words])
+        weights = _weights_type(fmt, n, k, spec.gates_result)
+        sizes = f"{n}, {k}, {shape.tiles}, {shape.warps}, {shape.ahead}, {shape.prefetch}"
+        template = f"StreamSpec<{weights}, {C_TYPES[dtypes[-1]]}, {sizes}, {', '.join(map(cpp, flags.values()))}>"
         params = ["const void* x", "const float* norm", "const void* w", "const void* scale", "const void* minimum"]
         params += ["const float* bias", "const float* residual", "void* out", "int n"]
-        fields = f"{{x, norm, w, scale, minimum, bias, residual, out, n, {eps}}}"
-        functions[name] = definition(name, params, f"linear_stream<{template}>({fields});", THREADS)
-        shared = WARPS * 32 * (8 * tiles + 1) * 4
-        if fuses_norm:
-            shared = max(shared, NORM_TOKENS * (k * 2 + (64 if k * 2 % 128 == 0 else 0)))
-        per_block = 16 if spec.gates_result else 32
-        grid = (-(-(n // 2 if spec.gates_result else n) // per_block), ceildiv("n", 8 * tiles), 1)
-        is_copied = not fuses_norm and (spec.norm_eps is not None or dtypes[0] != self.operand)
-        x = scratch() if is_copied else tensor(0)
+        fields = f"{{x, norm, w, scale, minimum, bias, residual, out, n, {spec.norm_eps or 0.0!r}f}}"
+        threads = 32 * shape.warps
+        functions[name] = definition(name, params, f"linear_stream<{template}>({fields});", threads, shape.blocks)
+        shared: Size = SUM_BYTES * shape.warps * ((STAGED_TOKENS if is_staged else 8 * shape.tiles) + 1)
+        if is_staged:
+            shared = ["+", shared, times("n", k * 2 + (64 if k * 2 % 128 == 0 else 0))]
+        row_blocks = n // 32 if spec.gates_result else -(-n // 32)
+        grid = (row_blocks, 1 if is_staged else ceildiv("n", 8 * shape.tiles), 1)
+        x = scratch() if not is_staged and self._is_copied(dtypes) else tensor(0)
         args = [x, *(self._arg(p) for p in ("norm", "w", "scale", "minimum", "bias", "residual", "out")), int32("n")]
-        return Launch(name, grid, THREADS, tuple(args), shared)
+        return Launch(name, grid, threads, tuple(args), shared)
 
     def _arg(self, name: str) -> list[object]:
         return tensor(self.params.index(name)) if name in self.params else null()
-
-
-def _stored_rows(spec: Linear) -> int:
-    return spec.out_features
 
 
 def _weights_type(fmt: WeightFormat, n: int, k: int, gated: bool) -> str:

@@ -2,24 +2,30 @@
 //
 // A block takes 32 rows of W, its warps every WARPS-th chunk of 32 columns. Weights go from memory into registers,
 // several chunks ahead, and from there into tensor cores: rows are the M side of the product, tokens the N side, padded
-// to 8. The warps' partial sums meet in shared memory. The first weights are asked for before the kernel that
-// computes x has ended.
+// to 8. The warps' partial sums meet in shared memory. The first weights are asked for before the kernel that computes
+// x has ended, more of them than registers hold by bringing them into the second-level cache.
 #pragma once
 #include "weights.cuh"
 
-template <class Weights_, class Out_, int N_, int K_, int TOKEN_TILES_, int WARPS_, int AHEAD_, bool NORM_, bool GATED_>
+// STAGED: x, at most as many tokens as `shared` has room for, lies in shared memory; NORM: normalized on its way there.
+template <class Weights_, class Out_, int N_, int K_, int TOKEN_TILES_, int WARPS_, int AHEAD_, int PREFETCH_,
+          bool STAGED_, bool NORM_, bool GATED_>
 struct StreamSpec {
   using Weights = Weights_;
   using Out = Out_;
+  using Row = Rows<N_, GATED_>;
   static constexpr int N = N_, K = K_;                // rows and columns of W
   static constexpr int TOKEN_TILES = TOKEN_TILES_;    // of 8 tokens
   static constexpr int TOKENS = TOKEN_TILES * 8;
   static constexpr int WARPS = WARPS_, THREADS = WARPS * WARP;
   static constexpr int AHEAD = AHEAD_;                // chunks in flight per warp
+  static constexpr int PREFETCH = PREFETCH_ < K ? PREFETCH_ / 128 * 128 : K;  // columns
   static constexpr int CHUNKS = (K + CHUNK - 1) / CHUNK;
-  static constexpr int STEPS = (CHUNKS + WARPS - 1) / WARPS;
-  static constexpr bool NORM = NORM_, GATED = GATED_;
-  static constexpr int ROW_BYTES = K * 2 + ((K * 2) % 128 == 0 ? 64 : 0);  // of a normalized token: spread over banks
+  static constexpr int STEPS = (CHUNKS + WARPS - 1) / WARPS;  // of a warp
+  static constexpr bool STAGED = STAGED_, NORM = NORM_, GATED = GATED_;
+  static constexpr int PITCH = (STAGED ? 4 : TOKENS) + 1;  // floats of a row of sums
+  static constexpr int SUMS = WARPS * 32 * PITCH;
+  static constexpr int TOKEN_BYTES = K * 2 + ((K * 2) % 128 == 0 ? 64 : 0);  // of a staged token: spread over banks
 };
 
 struct LinearArgs {
@@ -35,12 +41,12 @@ struct LinearArgs {
   float eps;
 };
 
-// x / rms(x) * weight, rounded to T, of all n tokens (n <= TOKENS) into shared memory.
+// x / rms(x) * weight, rounded to T, of all n tokens into shared memory (Zhang and Sennrich 2019).
 template <class S, class T> DEVICE void normalize_tokens(unsigned char* shared, const LinearArgs& args) {
   constexpr int VALUES = (S::K / 4 + S::THREADS - 1) / S::THREADS;  // float4s of a thread
   __shared__ float sums[S::WARPS];
   for (int token = 0; token < args.n; token++) {
-    T* row = reinterpret_cast<T*>(shared + token * S::ROW_BYTES);
+    T* row = reinterpret_cast<T*>(shared + token * S::TOKEN_BYTES);
     const float4* x = reinterpret_cast<const float4*>(static_cast<const float*>(args.x) + i64(token) * S::K);
     float4 v[VALUES];
     float sum = 0;
@@ -70,30 +76,52 @@ template <class S, class T> DEVICE void normalize_tokens(unsigned char* shared, 
   __syncthreads();
 }
 
-// The eight activations of this lane in a chunk, for its token of a tile.
+// The tokens in shared memory as the products want them; without NORM they are copied there.
+template <class S> DEVICE void prepare_tokens(unsigned char* shared, const LinearArgs& args) {
+  for (int token = 0; token < args.n; token++) {
+    uint4* row = reinterpret_cast<uint4*>(shared + token * S::TOKEN_BYTES);
+    const uint4* x = S::NORM ? row : reinterpret_cast<const uint4*>(static_cast<const u16*>(args.x) + i64(token) * S::K);
+    for (int i = threadIdx.x; i < S::K / 8; i += S::THREADS) row[i] = S::Weights::prepare(x[i]);
+  }
+  __syncthreads();
+}
+
+// The eight activations from `column` on of a token of the block.
 template <class S> DEVICE uint4 load_x(const unsigned char* shared, const LinearArgs& args, int token, int column) {
-  using T = typename S::Weights::Operand;
   int row = blockIdx.y * S::TOKENS + token;
   if (row >= args.n || (S::K % CHUNK != 0 && column >= S::K)) return make_uint4(0, 0, 0, 0);
-  if constexpr (S::NORM) {
-    return *reinterpret_cast<const uint4*>(shared + token * S::ROW_BYTES + column * 2);
-  } else {
-    return *reinterpret_cast<const uint4*>(static_cast<const T*>(args.x) + i64(row) * S::K + column);
+  if constexpr (S::STAGED) return *reinterpret_cast<const uint4*>(shared + token * S::TOKEN_BYTES + column * 2);
+  const u16* x = static_cast<const u16*>(args.x) + i64(row) * S::K + column;
+  return S::Weights::prepare(*reinterpret_cast<const uint4*>(x));
+}
+
+template <class S>
+DEVICE void put_sums(float* sums, const float (&sum)[2][S::TOKEN_TILES][4], int warp, int lane, int tokens) {
+#pragma unroll
+  for (int tile = 0; tile < 2; tile++) {
+#pragma unroll
+    for (int j = 0; j < S::TOKEN_TILES; j++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        int r = S::Weights::slot_row(lane, 2 * tile + i / 2), token = j * 8 + 2 * (lane % 4) + i % 2;
+        if (token < tokens) sums[(warp * 32 + r) * S::PITCH + token] = sum[tile][j][i];
+      }
+    }
   }
 }
 
-// The warps' sums, (32 rows, TOKENS) each, added up and stored with what stands around the product.
-template <class S> DEVICE void store_sums(float* sums, const LinearArgs& args) {
-  using R = Rows<S::N, S::GATED>;
-  constexpr int PITCH = S::TOKENS + 1;
-  for (int i = threadIdx.x; i < R::OUT_PER_BLOCK * S::TOKENS; i += S::THREADS) {
+// The warps' sums added up and stored with what stands around the product.
+template <class S> DEVICE void store_sums(const float* sums, const LinearArgs& args, int tokens) {
+  using R = typename S::Row;
+  for (int i = threadIdx.x; i < R::OUT_PER_BLOCK * tokens; i += S::THREADS) {
     int r = i % R::OUT_PER_BLOCK, token = i / R::OUT_PER_BLOCK;
     int row = blockIdx.x * R::OUT_PER_BLOCK + r, at = blockIdx.y * S::TOKENS + token;
-    if (row >= R::OUT || at >= args.n) continue;
+    if (row >= R::OUT) continue;
     float v = 0, up = 0;
+#pragma unroll
     for (int w = 0; w < S::WARPS; w++) {
-      v += sums[(w * 32 + r) * PITCH + token];
-      if (S::GATED) up += sums[(w * 32 + 16 + r) * PITCH + token];
+      v += sums[(w * 32 + r) * S::PITCH + token];
+      if (S::GATED) up += sums[(w * 32 + 16 + r) * S::PITCH + token];
     }
     if (args.bias) {
       v += args.bias[row];
@@ -105,12 +133,13 @@ template <class S> DEVICE void store_sums(float* sums, const LinearArgs& args) {
   }
 }
 
-// Grid: (ceil(N / 32) or N / 2 / 16, ceil(n / TOKENS)); with NORM (…, 1). Shared memory: the larger of n * ROW_BYTES with
-// NORM and WARPS * 32 * (TOKENS + 1) floats.
+// Grid: (ceil(N / 32) or N / 2 / 16, ceil(n / TOKENS)); STAGED: (…, 1). Shared memory: SUMS floats, and STAGED
+// n * TOKEN_BYTES.
 template <class S> DEVICE void linear_stream(const LinearArgs& args) {
   using Weights = typename S::Weights;
-  using T = typename Weights::Operand;
   DYNAMIC_SHARED(shared);
+  float* sums = reinterpret_cast<float*>(shared);
+  unsigned char* staged = shared + S::SUMS * 4;
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
   Weights weights(args.w, args.scale, args.minimum, blockIdx.x, lane);
   typename Weights::Chunk chunks[S::AHEAD];
@@ -118,59 +147,27 @@ template <class S> DEVICE void linear_stream(const LinearArgs& args) {
   for (int i = 0; i < S::AHEAD; i++) {
     if (warp + i * S::WARPS < S::CHUNKS) chunks[i] = weights.load(warp + i * S::WARPS, lane);
   }
+  if (S::PREFETCH > 0) Weights::prefetch_rows(args.w, args.scale, args.minimum, blockIdx.x, S::PREFETCH);
   wait_for_previous();
   let_next_start();
-  if constexpr (S::NORM) normalize_tokens<S, T>(shared, args);
-  uint4 x[S::AHEAD][S::TOKEN_TILES];
-  auto load_tokens = [&](int i, int chunk) {
-#pragma unroll
-    for (int j = 0; j < S::TOKEN_TILES; j++) x[i][j] = load_x<S>(shared, args, j * 8 + g, chunk * CHUNK + t * 8);
-  };
-#pragma unroll
-  for (int i = 0; i < S::AHEAD; i++) {
-    if (warp + i * S::WARPS < S::CHUNKS) load_tokens(i, warp + i * S::WARPS);
-  }
+  if constexpr (S::NORM) normalize_tokens<S, typename Weights::Operand>(staged, args);
+  if constexpr (S::STAGED) prepare_tokens<S>(staged, args);
+
   float sum[2][S::TOKEN_TILES][4] = {};
   for (int first = 0; first < S::STEPS; first += S::AHEAD) {
 #pragma unroll
     for (int i = 0; i < S::AHEAD; i++) {
       int chunk = warp + (first + i) * S::WARPS, next = chunk + S::AHEAD * S::WARPS;
       if (chunk >= S::CHUNKS) break;
+      uint4 x[S::TOKEN_TILES];
 #pragma unroll
-      for (int j = 0; j < S::TOKEN_TILES; j++) x[i][j] = Weights::order(x[i][j]);
-#pragma unroll
-      for (int step = 0; step < 2; step++) {
-#pragma unroll
-        for (int tile = 0; tile < 2; tile++) {
-          u32 a[4];
-          Weights::fragment(a, chunks[i], tile, step);
-#pragma unroll
-          for (int j = 0; j < S::TOKEN_TILES; j++) {
-            u32 b[2] = {word(x[i][j], 2 * step), word(x[i][j], 2 * step + 1)};
-            mma<T>(sum[tile][j], a, b);
-          }
-        }
-      }
-      if (next < S::CHUNKS) {
-        chunks[i] = weights.load(next, lane);
-        load_tokens(i, next);
-      }
+      for (int j = 0; j < S::TOKEN_TILES; j++) x[j] = load_x<S>(staged, args, j * 8 + g, chunk * CHUNK + t * 8);
+      Weights::multiply(sum, chunks[i], x);
+      if (next < S::CHUNKS) chunks[i] = weights.load(next, lane);
     }
   }
-  if (S::NORM) __syncthreads();  // the sums take the place of the tokens
-  float* sums = reinterpret_cast<float*>(shared);
-  constexpr int PITCH = S::TOKENS + 1;
-#pragma unroll
-  for (int tile = 0; tile < 2; tile++) {
-#pragma unroll
-    for (int j = 0; j < S::TOKEN_TILES; j++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int r = Weights::slot_row(lane, 2 * tile + i / 2);
-        sums[(warp * 32 + r) * PITCH + j * 8 + 2 * t + i % 2] = sum[tile][j][i];
-      }
-    }
-  }
+  int left = args.n - blockIdx.y * S::TOKENS, tokens = left < S::TOKENS ? left : S::TOKENS;
+  put_sums<S>(sums, sum, warp, lane, tokens);
   __syncthreads();
-  store_sums<S>(sums, args);
+  store_sums<S>(sums, args, tokens);
 }

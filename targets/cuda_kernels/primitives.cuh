@@ -154,3 +154,45 @@ DEVICE bool arrives_last(u32* counter, u32 arrivals) {
 
 // Whether `v` is true for some lane.
 DEVICE bool any_lane(bool v) { return __any_sync(0xffffffffu, v); }
+
+// Asks for `bytes` (a multiple of 16, at a multiple of 16) to be brought into the second-level cache.
+DEVICE void prefetch(const void* p, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+#endif
+}
+
+// Bulk copies (sm_90): one thread asks for up to megabytes, from global to shared memory, that count at a barrier there.
+// Its phases have parity 0, 1, 0, ...; one ends when expect_bulk() was called and as many bytes have arrived.
+DEVICE void init_bulk_barrier(u64* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // visible to the copies
+#endif
+}
+// All bytes that will arrive in this phase, also those already asked for.
+DEVICE void expect_bulk(u64* barrier, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+      ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+#endif
+}
+// `bytes`, both addresses: multiples of 16. Read once: the second-level cache drops them first.
+DEVICE void copy_bulk(void* to_shared, const void* from, u32 bytes, u64* barrier) {
+#if __CUDA_ARCH__ >= 900
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+      ::"r"(shared_address(to_shared)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy) : "memory");
+#endif
+}
+// Until the phase of this parity has ended; its bytes are then visible to the calling thread.
+DEVICE void wait_bulk(u64* barrier, u32 parity) {
+#if __CUDA_ARCH__ >= 900
+  u32 done = 0;
+  while (!done) {
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+        : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+  }
+#endif
+}

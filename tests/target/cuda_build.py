@@ -30,7 +30,7 @@ def run(
         emulated = compile_kernel(includes + code.functions[launch.function], launch.function)
         grid = tuple(evaluate(size, symbols) for size in launch.grid)
         args = _arguments(launch, arrays, scratch, counters, symbols)
-        emulated(grid, launch.block, args, launch.shared, order)
+        emulated(grid, launch.block, args, evaluate(launch.shared, symbols), order)
     assert not counters.any()
     return [launch.function for launch in variant.launches]
 

@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,12 @@ class EmulatedDevice:
         self._texts: dict[str, str] = {}
         self._kernels: dict[str, EmulatedKernel] = {}
 
-    def load(self, module: bytes, shared_bytes: Mapping[str, int]) -> None:
+    def load(self, module: bytes, names: Sequence[str]) -> None:
         self._includes, *definitions = module.decode().split(DEFINITION)
         for text in definitions:
             head = re.sub(r"__launch_bounds__\([^)]*\)", "", text)
             self._texts[head.split("(")[0].split()[-1]] = DEFINITION + text
-        assert set(shared_bytes) <= set(self._texts)
+        assert set(names) <= set(self._texts)
 
     def allocate(self, num_bytes: int, purpose: str) -> int:
         array = np.zeros(num_bytes + 256, np.uint8)

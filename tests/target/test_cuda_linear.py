@@ -23,7 +23,7 @@ FORMATS = [F16, BF16, Q8, Q4, grouped(4, 32, has_minimum=True), grouped(8, 16), 
 
 def check(spec: Linear, num_tokens: tuple[int, ...], out_dtype: str = "float32", x_dtype: str = "") -> None:
     rng = np.random.default_rng([spec.out_features, spec.in_features])
-    kernel, operand = linear(spec), operand_type(spec.fmt)
+    kernel, operand = linear(spec, "sm_80"), operand_type(spec.fmt)
     stored, matrix = random_weight(spec.fmt, spec.out_features, spec.in_features, rng)
     if not spec.fmt.is_grouped:  # the device holds them row by row
         stored = [np.ascontiguousarray(stored[0].transpose(0, 2, 1).reshape(-1, spec.in_features))]
@@ -87,4 +87,4 @@ def test_float32_tokens_are_rounded_by_a_kernel_before() -> None:
 
 def test_float32_weights_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="-q f16"):
-        linear(Linear(F32, 16, 16))
+        linear(Linear(F32, 16, 16), "sm_80")

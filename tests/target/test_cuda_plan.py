@@ -12,7 +12,7 @@ from mlcgen import artifact, launch_plan
 from mlcgen.runtime import device_weights
 from mlcgen.runtime.executor import Executor, StepInput
 from mlcgen.runtime.load import load_executor
-from mlcgen.runtime.plan_executor import PlanExecutor
+from mlcgen.runtime.plan_executor import PlanExecutor, function_names
 
 from .emulate_cuda import needs_compiler
 from .emulated_device import EmulatedDevice
@@ -45,7 +45,7 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str,
     (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG | config))
     return mlcgen.compile(
         tmp_path / "model",
-        ["cpu", "cuda:sm_90"],
+        ["cpu", "cuda:sm_80"],
         quantization,
         tmp_path / "out",
         page_size=PAGE_SIZE,
@@ -57,9 +57,9 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str,
 
 def emulated(path: Path) -> tuple[PlanExecutor, EmulatedDevice]:
     manifest = artifact.read_manifest(path)
-    plan = json.loads((path / "lib" / "cuda-sm_90.plan").read_text())
+    plan = json.loads((path / "lib" / "cuda-sm_80.plan").read_text())
     device = EmulatedDevice()
-    device.load(base64.b64decode(plan["module"]), {})
+    device.load(base64.b64decode(plan["module"]), function_names(plan))
     weights = artifact.map_weights(path / artifact.WEIGHTS)
     addresses = device_weights.upload_weights(device, plan["weights"], weights)
     return PlanExecutor(device, plan, manifest, addresses, PAGES), device

@@ -189,3 +189,68 @@ DEVICE bool any_lane(bool v) {
     for (bool& v : out) v = any;
   });
 }
+
+DEVICE void prefetch(const void*, u32) {}
+
+namespace emulator {
+
+// What lies in a bulk barrier's 8 bytes.
+struct BulkBarrier {
+  i32 bytes;  // expected, less those asked for
+  u16 expects, phases;  // whether expect_bulk was called in this phase; how many ended
+};
+
+// Bulk copies arrive when somebody waits for them.
+struct BulkCopy {
+  void* to;
+  const void* from;
+  u32 bytes;
+  u64* barrier;
+};
+static BulkCopy bulk_copies[4096];
+static int bulk_copy_count;
+
+template <class Each> void take_bulk_copies(u64* barrier, Each each) {
+  int rest = 0;
+  for (int i = 0; i < bulk_copy_count; i++) {
+    if (bulk_copies[i].barrier == barrier)
+      each(bulk_copies[i]);
+    else
+      bulk_copies[rest++] = bulk_copies[i];
+  }
+  bulk_copy_count = rest;
+}
+
+template <class Change> void change_bulk_barrier(u64* barrier, Change change) {
+  BulkBarrier state = bits<BulkBarrier>(*barrier);
+  change(state);
+  if (state.expects && state.bytes == 0) state.expects = 0, state.phases++;
+  *barrier = bits<u64>(state);
+}
+
+}  // namespace emulator
+
+DEVICE void init_bulk_barrier(u64* barrier) {
+  emulator::take_bulk_copies(barrier, [](const emulator::BulkCopy&) {});  // of a block before
+  *barrier = 0;
+}
+DEVICE void expect_bulk(u64* barrier, u32 bytes) {
+  emulator::change_bulk_barrier(barrier, [&](emulator::BulkBarrier& b) {
+    if (b.expects) emulator::fail("expect_bulk twice in one phase");
+    b.bytes += bytes, b.expects = 1;
+  });
+}
+DEVICE void copy_bulk(void* to_shared, const void* from, u32 bytes, u64* barrier) {
+  emulator::check_shared(to_shared, "copy_bulk");
+  emulator::check_aligned(from, "copy_bulk");
+  if (bytes % 16) emulator::fail("copy_bulk of %u bytes, which is no multiple of 16", bytes);
+  if (emulator::bulk_copy_count == 4096) emulator::fail("too many bulk copies are on their way");
+  memset(to_shared, emulator::POISON, bytes);
+  emulator::bulk_copies[emulator::bulk_copy_count++] = {to_shared, from, bytes, barrier};
+  emulator::change_bulk_barrier(barrier, [&](emulator::BulkBarrier& b) { b.bytes -= bytes; });
+}
+DEVICE void wait_bulk(u64* barrier, u32 parity) {
+  if (emulator::bits<emulator::BulkBarrier>(*barrier).phases % 2 == parity)
+    emulator::fail("wait_bulk for bytes that were not asked for, or more than were");
+  emulator::take_bulk_copies(barrier, [](const emulator::BulkCopy& c) { memcpy(c.to, c.from, c.bytes); });
+}

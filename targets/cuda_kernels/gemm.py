@@ -1,0 +1,139 @@
+"""Products of any number of tokens on Hopper's tensor cores (gemm_wgmma.cuh): tilings, and what a launch needs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlcgen.formats import WeightFormat
+from mlcgen.runtime.sizes import Size
+from mlcgen.targets.base import Linear
+from mlcgen.targets.device_kernel import ceildiv, times
+
+from .code import C_TYPES, cpp
+
+MULTIPROCESSORS = 132  # of an H100
+BLOCK_K = 64
+SWIZZLE_128, NO_SWIZZLE = 3, 0  # CUtensorMapSwizzle
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Template parameters, as in gemm_wgmma.cuh."""
+
+    tokens: int
+    consumers: int
+    share: int
+    split: int
+    stages: int
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.consumers + 1) if self.tokens > 192 else 128 * self.consumers + 32
+
+    def features(self, is_gated: bool) -> int:
+        """Of a block."""
+        return self.consumers * (32 if is_gated else 64)
+
+    def grid(self, features: int, is_gated: bool) -> Size:
+        cluster = self.share * self.split
+        per_worker = -(-features // (self.features(is_gated) * self.share))
+        tiles = times(per_worker, ceildiv("n", self.tokens))
+        return times(["min", MULTIPROCESSORS // cluster, tiles], cluster)
+
+    def shared(self, out_bytes: int, is_gated: bool, is_q4: bool) -> int:
+        """Bytes: the ring of stages, the slabs that results are stored through, sums of other blocks, barriers."""
+        weights = self.consumers * (2304 if is_q4 else 8192)
+        stage = -(-(self.tokens * 128 + weights) // 1024) * 1024
+        part = self.tokens // self.split
+        if self.tokens == 256 and out_bytes == 2:
+            slab = 64
+        else:
+            slab = 32 if self.tokens >= 128 and self.split == 1 else min(part, 16)
+        slabs = self.consumers * 2 * slab * (32 if is_gated else 64) * out_bytes
+        inbox = self.consumers * (self.split - 1) * part * 256
+        return self.stages * stage + slabs + inbox + 16 * (self.stages + self.consumers)
+
+
+def dense_tilings(rows: int) -> list[tuple[int, Tiling]]:
+    """(tokens up to which, tiling) for a matrix of so many rows; measured on an H100."""
+    one_wave = 66 < rows // 64 <= MULTIPROCESSORS
+    return [
+        (16, Tiling(16, 1, 1, 1 if one_wave else 2, 20)),
+        (32, Tiling(32, 1, 1, 2, 16)),
+        (64, Tiling(64, 1, 1, 2, 12)),
+        (128, _by_rows(rows, Tiling(128, 1, 1, 2, 7), Tiling(128, 2, 1, 2, 5), Tiling(128, 2, 1, 1, 6))),
+        (256, _by_rows(rows, Tiling(128, 2, 1, 2, 5), Tiling(128, 3, 1, 2, 4), Tiling(256, 2, 1, 1, 4))),
+        (512, _by_rows(rows, Tiling(128, 2, 1, 1, 6), Tiling(128, 3, 1, 1, 5), Tiling(128, 3, 1, 1, 5))),
+        (1024, _by_rows(rows, Tiling(256, 2, 2, 1, 4), Tiling(128, 3, 2, 1, 5), Tiling(256, 2, 2, 1, 4))),
+        (0, Tiling(256, 2, 2, 1, 4)),
+    ]
+
+
+def q4_tilings(rows: int) -> list[tuple[int, Tiling]]:
+    few = Tiling(64, 2, 1, 2, 10) if rows <= 8192 else Tiling(64, 2, 1, 1, 10)
+    return [(64, few), (128, Tiling(128, 2, 1, 1, 8)), (0, Tiling(256, 2, 1, 1, 5))]
+
+
+def _by_rows(rows: int, few: Tiling, some: Tiling, many: Tiling) -> Tiling:
+    return few if rows <= 5120 else some if rows <= 16384 else many
+
+
+def fits(spec: Linear, fmt: WeightFormat) -> bool:
+    """Whether the kernels take this product: whole tiles of rows, and no bias before a gate."""
+    whole = spec.out_features % (128 if spec.gates_result else 64) == 0 and spec.in_features % 32 == 0
+    return whole and not (spec.gates_result and spec.has_bias) and (not fmt.is_grouped or is_q4(fmt))
+
+
+def is_q4(fmt: WeightFormat) -> bool:
+    return fmt.bits == 4 and fmt.group == 32 and not fmt.has_minimum
+
+
+def signature(tiling: Tiling, spec: Linear, operand: str, out: str, q4: bool) -> tuple[str, list[str], str]:
+    """(what stands before the name, parameters, body) of a kernel."""
+    gated = spec.gates_result
+    numbers = (tiling.tokens, tiling.consumers, tiling.share, tiling.split, tiling.stages)
+    tile = f"gemm::Tiling<gemm::Weights::{'Q4' if q4 else 'DENSE'}, {', '.join(map(str, numbers))}, {cpp(gated)}>"
+    has_residual = spec.has_residual and out != "float32"
+    before = f"__cluster_dims__({tiling.share * tiling.split}, 1, 1) __launch_bounds__({tiling.threads}, 1)"
+    maps = ["codes", "scales", "x"] if q4 else ["w", "x"]
+    params = [f"const __grid_constant__ TensorMap {name}" for name in maps]
+    params += ["const float* bias", "const float* residual", f"{C_TYPES[out]}* out", "int n"]
+    features = spec.out_features // 2 if gated else spec.out_features
+    first = "codes, scales, x" if q4 else "w, w, x"
+    body = f"gemm::gemm_block<{C_TYPES[operand]}, {tile}, {cpp(has_residual)}>(gemm::Maps{{{first}}}, "
+    body += f"gemm::Output<{C_TYPES[out]}>(out, bias, residual, n, {features}), gemm::Partials<{tile}>{{nullptr, nullptr}}, "
+    body += f"{spec.in_features}, 0);"
+    return before, params, body
+
+
+def weight_map(tiling: Tiling, spec: Linear, of: list[Any], operand: str) -> list[Any]:
+    """The map of dense weights, row-major; gated: 8 rows of the gate and the same 8 of the up projection in turn."""
+    k, n = spec.in_features, spec.out_features
+    if not spec.gates_result:
+        return tensor_map(of, operand, (k, n), (2 * k,), (BLOCK_K, tiling.features(False)), SWIZZLE_128)
+    half = n // 2
+    dims, strides = (k, 8, 2, half // 8), (2 * k, 2 * half * k, 16 * k)
+    return tensor_map(of, operand, dims, strides, (BLOCK_K, 8, 2, tiling.features(True) // 8), SWIZZLE_128)
+
+
+def q4_maps(tiling: Tiling, spec: Linear, codes: list[Any], scales: list[Any]) -> list[list[Any]]:
+    k, parts = spec.in_features, 2 if spec.gates_result else 1
+    n = spec.out_features // parts
+    tiles = tiling.consumers * 4 // parts
+    return [
+        tensor_map(codes, "uint32", (2 * k, parts, n // 16), (n // 2 * k, 8 * k), (128, parts, tiles), NO_SWIZZLE),
+        tensor_map(scales, "float16", (k // 2, parts, n // 16), (n // 16 * k, k), (32, parts, tiles), NO_SWIZZLE),
+    ]
+
+
+def token_map(tiling: Tiling, spec: Linear, of: list[Any], operand: str) -> list[Any]:
+    k = spec.in_features
+    return tensor_map(of, operand, (k, "n"), (2 * k,), (BLOCK_K, tiling.tokens // tiling.share), SWIZZLE_128)
+
+
+def tensor_map(
+    of: list[Any], dtype: str, dims: Sequence[Size], strides: Sequence[int], box: Sequence[int], swizzle: int
+) -> list[Any]:
+    """A box of a tensor as the copy engine takes it: the innermost dimension first, strides in bytes."""
+    described = {"of": of, "dtype": dtype, "dims": list(dims), "strides": list(strides), "box": list(box)}
+    return ["map", {**described, "swizzle": swizzle}]
