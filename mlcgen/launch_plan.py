@@ -79,8 +79,13 @@ def _source(codes: Any) -> str:
 
 # Kernels of the runtime itself: they prepare the weights when an artifact is loaded, and choose tokens.
 RUNTIME = """
-extern "C" __global__ void argmax_rows(const float* logits, i32* ids, float* values, int vocab) {
-  argmax<1024>(logits, ids, values, vocab);
+extern "C" __global__ void __launch_bounds__(1024)
+    argmax_rows_by_parts(const float* logits, Best* parts, u32* counters, i32* ids, float* values, int vocab) {
+  argmax_of_parts<1024>(logits, parts, counters, ids, values, vocab);
+}
+extern "C" __global__ void __launch_bounds__(1024) sample_rows(
+    float* logits, const sampling::Row* rows, sampling::Change* changes, const u32* masks, i32* results, int vocab) {
+  sampling::sample(logits, rows, changes, masks, results, vocab);
 }
 extern "C" __global__ void untile_2(const u16* in, u16* out, int columns) { untile(in, out, columns); }
 extern "C" __global__ void untile_4(const u32* in, u32* out, int columns) { untile(in, out, columns); }

@@ -4,7 +4,6 @@ import ctypes
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,9 +11,9 @@ import numpy.typing as npt
 
 from mlcgen.runtime.cuda import Address
 from mlcgen.runtime.executor import Float32, Int32
-from mlcgen.runtime.sampler import Int64, SamplingParams
+from mlcgen.runtime.sampler import Sampled, Sampler, SamplingParams
 
-__all__ = ["FUNCTIONS", "DeviceSampler", "RowSampler", "Sampled"]
+__all__ = ["FUNCTIONS", "DeviceSampler"]
 
 FUNCTIONS = ("argmax_rows_by_parts", "sample_rows")
 THREADS = 1024
@@ -29,39 +28,6 @@ _TINY, _LARGEST = 1e-37, 3e38  # an inverse temperature of 0 would mean greedy; 
 Mask = npt.NDArray[np.uint32]
 
 
-class RowSampler(Protocol):
-    """What is asked of one request's runtime.sampler.Sampler."""
-
-    params: SamplingParams
-    is_argmax: bool
-
-    @property
-    def bias(self) -> tuple[Int64, Float32]:
-        """Token ids and what is added to their logits."""
-        ...
-
-    @property
-    def seen(self) -> tuple[Int32, Int32]:
-        """Token ids that penalties apply to, and how often each is in the output."""
-        ...
-
-    @property
-    def banned(self) -> Int64:
-        """Token ids that may not come yet."""
-        ...
-
-    def next_uniform(self) -> float:
-        """The random number in [0, 1) for the next token; 0 if greedy."""
-        ...
-
-    def record(self, token: int) -> None:
-        """`token` is the next one."""
-        ...
-
-    def sample(self, logits: Float32, best: int) -> int: ...
-    def logprobs(self, logits: Float32, best: int, token: int) -> dict[int, float]: ...
-
-
 class Device(Protocol):
     """What is asked of runtime.cuda.CudaDevice."""
 
@@ -73,16 +39,6 @@ class Device(Protocol):
     def launch(
         self, name: str, grid: Sequence[int], block: int, shared: int, args: Sequence[Any], overlaps: bool = False
     ) -> None: ...
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """One step's results, by row. Where the raw maximum is not finite, the other two mean nothing."""
-
-    tokens: list[int]
-    maxima: list[float]
-    logprobs: list[dict[int, float] | None]
-    """As Sampler.logprobs; None for rows that want none."""
 
 
 class DeviceSampler:
@@ -100,7 +56,7 @@ class DeviceSampler:
         self._parts = device.allocate(max_rows * self._num_parts * 2 * _WORD, "sampling")
         self._counters = device.allocate(max_rows * _WORD, "sampling")
         self._host_logits = np.zeros((0, vocab_size), np.float32)
-        self._samplers: Sequence[RowSampler] = ()  # of the step that has been started
+        self._samplers: Sequence[Sampler] = ()  # of the step that has been started
         self._host_rows: list[int] = []
 
     @property
@@ -108,7 +64,7 @@ class DeviceSampler:
         """Where the step's tokens are on the device, (rows,) int32; those of host rows are not among them."""
         return self._results.address
 
-    def start(self, logits: Address, samplers: Sequence[RowSampler], masks: Mapping[int, Mask] | None = None) -> None:
+    def start(self, logits: Address, samplers: Sequence[Sampler], masks: Mapping[int, Mask] | None = None) -> None:
         """Start sampling from logits (rows, vocab) float32 on the device, which are the same again afterwards.
 
         masks: for some rows, the tokens allowed there, (ceil(vocab / 32),) with token t at bit t % 32 of word t // 32.
@@ -153,28 +109,34 @@ class DeviceSampler:
         self._device.launch("argmax_rows_by_parts", (self._num_parts, rows, 1), THREADS, 0, args)
 
     def _start_sampling(self, logits: Address, masks: Mapping[int, Mask]) -> None:
-        changes = [_Changes(sampler) for sampler in self._samplers]
-        rows_bytes, mask_bytes = len(changes) * _ROW.size, len(masks) * self._mask_words * _WORD
-        changes_at = -(-(rows_bytes + mask_bytes) // 8) * 8
-        num_changes = sum(change.count for change in changes)
-        self._inputs.reserve(changes_at + max(num_changes, 1) * 2 * _WORD)
-        host = self._inputs.host
-        held_masks = host[rows_bytes : rows_bytes + mask_bytes].view(np.uint32).reshape(-1, self._mask_words)
-        held_changes = host[changes_at:].view(np.int32)[: 2 * num_changes].reshape(-1, 2)
-        mask_of_row = {row: i for i, row in enumerate(masks)}
-        start = 0
-        for row, (sampler, change) in enumerate(zip(self._samplers, changes, strict=True)):
-            spans = change.write(held_changes, start)
-            start = spans[-1]
-            values = _row_values(sampler, self._vocab, on_host=row in self._host_rows)
-            _ROW.pack_into(host.data, row * _ROW.size, *values, mask_of_row.get(row, -1), *spans)
-        for mask, held in zip(masks.values(), held_masks, strict=True):
-            held[:] = mask
-        self._inputs.upload(changes_at + num_changes * 2 * _WORD)
-        base = self._inputs.address
-        addresses = (logits, base, base + changes_at, base + rows_bytes, self._results.address)
+        masks_at, changes_at, end = self._pack(masks)
+        self._inputs.upload(end)
+        rows = self._inputs.address
+        addresses = (logits, rows, rows + changes_at, rows + masks_at, self._results.address)
         args = [*map(ctypes.c_uint64, addresses), ctypes.c_int32(self._vocab)]
-        self._device.launch("sample_rows", (len(changes), 1, 1), THREADS, 0, args)
+        self._device.launch("sample_rows", (len(self._samplers), 1, 1), THREADS, 0, args)
+
+    def _pack(self, masks: Mapping[int, Mask]) -> tuple[int, int, int]:
+        """Fill the inputs: rows, masks, changes. Returns where masks and changes begin, and the end."""
+        changes = [_Changes(sampler) for sampler in self._samplers]
+        num_changes = sum(change.count for change in changes)
+        masks_at = len(changes) * _ROW.size
+        changes_at = masks_at + -(-len(masks) * self._mask_words // 2) * 2 * _WORD
+        end = changes_at + num_changes * 2 * _WORD
+        self._inputs.reserve(end + 1)  # so that where changes begin is inside, even if there are none
+        host = self._inputs.host
+        held_masks = host[masks_at:changes_at].view(np.uint32)[: len(masks) * self._mask_words]
+        for held, mask in zip(held_masks.reshape(-1, self._mask_words), masks.values(), strict=True):
+            held[:] = mask
+        held_changes = host[changes_at:end].view(np.int32).reshape(-1, 2)
+        mask_of_row = {row: i for i, row in enumerate(masks)}
+        begin = 0
+        for row, (sampler, change) in enumerate(zip(self._samplers, changes, strict=True)):
+            values = _row_values(sampler, self._vocab, on_host=row in self._host_rows)
+            spans = change.write(held_changes, begin)
+            _ROW.pack_into(host.data, row * _ROW.size, *values, mask_of_row.get(row, -1), *spans)
+            begin = spans[-1]
+        return masks_at, changes_at, end
 
     def _download_host_rows(self, logits: Address) -> None:
         if len(self._host_rows) > len(self._host_logits):
@@ -200,7 +162,7 @@ class DeviceSampler:
 class _Changes:
     """The changes of one row's logits: biases, penalties and bans, each a (token, value) pair of int32."""
 
-    def __init__(self, sampler: RowSampler) -> None:
+    def __init__(self, sampler: Sampler) -> None:
         (self._biased, self._biases), (self._seen, self._counts) = sampler.bias, sampler.seen
         self._banned = sampler.banned
         self.count = len(self._biased) + len(self._seen) + len(self._banned)
@@ -247,7 +209,7 @@ def _needs_host(params: SamplingParams) -> bool:
     return params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS
 
 
-def _row_values(sampler: RowSampler, vocab_size: int, on_host: bool) -> tuple[float, ...]:
+def _row_values(sampler: Sampler, vocab_size: int, on_host: bool) -> tuple[float, ...]:
     """The fields of sampling::Row up to num_logprobs. A host row's random number is left to the host."""
     params = sampler.params
     is_greedy = params.is_greedy or on_host
@@ -264,7 +226,7 @@ def _row_values(sampler: RowSampler, vocab_size: int, on_host: bool) -> tuple[fl
     )
 
 
-def _sample_on_host(sampler: RowSampler, logits: Float32, sampled: Sampled, row: int) -> None:
+def _sample_on_host(sampler: Sampler, logits: Float32, sampled: Sampled, row: int) -> None:
     if math.isfinite(sampled.maxima[row]):
         best = int(logits.argmax())
         token = sampled.tokens[row] = sampler.sample(logits, best)

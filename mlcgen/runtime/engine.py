@@ -7,10 +7,11 @@ from collections.abc import Iterable
 import numpy as np
 
 from mlcgen.errors import MlcgenError, RequestError
-from mlcgen.runtime.executor import Executor, Float32, StepInput
+from mlcgen.runtime.executor import Executor, SamplingExecutor, StepInput
+from mlcgen.runtime.host_sampling import HostSampling
 from mlcgen.runtime.kv_cache import BlockTable, PagePool
 from mlcgen.runtime.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
-from mlcgen.runtime.sampler import Sampler, SamplingParams
+from mlcgen.runtime.sampler import Sampled, Sampler, SamplingParams
 from mlcgen.runtime.scheduler import Scheduler, Sequence
 from mlcgen.runtime.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
 
@@ -53,6 +54,7 @@ class Engine:
         max_batch: int,
     ) -> None:
         self.executor = executor
+        self._sampling = executor if isinstance(executor, SamplingExecutor) else HostSampling(executor)
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.context_length = context_length
@@ -108,9 +110,11 @@ class Engine:
             self._retire(request, "error", self._outgrown_error(request))
         if batch:
             _mark_scheduled(batch)
-            logits = self.executor.step(self._step_input(batch))  # (rows, vocab)
+            ready = [request for request in batch if request.reaches_end]  # in the order of the logit rows
+            self._sampling.start(self._step_input(batch), [request.sampler for request in ready])
+            sampled = self._sampling.finish()
             self.scheduler.advance(batch)
-            self._sample([request for request in batch if not request.num_uncomputed], logits)
+            self._append(ready, sampled)
         changed, self._changed = self._changed, []
         return changed
 
@@ -139,22 +143,20 @@ class Engine:
             logit_rows=np.array(logit_rows, np.int32),
         )
 
-    def _sample(self, requests: list[Request], logits: Float32) -> None:
-        """One token for each of `requests` from `logits` (len(requests), vocab)."""
-        assert logits.shape == (len(requests), self.executor.vocab_size), logits.shape
+    def _append(self, requests: list[Request], sampled: Sampled) -> None:
+        """One token for each request."""
         now = time.monotonic()
-        best = logits.argmax(axis=1)  # (rows,)
-        for request, row, top in zip(requests, logits, best.tolist(), strict=True):
-            if math.isfinite(row[top]):  # a NaN wins the argmax
-                self._append_token(request, row, top, now)
+        columns = zip(requests, sampled.tokens, sampled.maxima, sampled.logprobs, strict=True)
+        for request, token, maximum, logprobs in columns:
+            if math.isfinite(maximum):
+                self._append_token(request, token, logprobs, now)
             else:
                 self._finish(request, "error", _not_finite_error(request))
 
-    def _append_token(self, request: Request, logits: Float32, best: int, now: float) -> None:
-        token = best if request.sampler.is_argmax else request.sampler.sample(logits, best)
+    def _append_token(self, request: Request, token: int, logprobs: dict[int, float] | None, now: float) -> None:
         completion = request.output.outputs[0]
-        if completion.logprobs is not None:
-            completion.logprobs.append(request.sampler.logprobs(logits, best, token))
+        if completion.logprobs is not None and logprobs is not None:
+            completion.logprobs.append(logprobs)
         request.tokens.append(token)
         request.num_tokens += 1
         completion.token_ids.append(token)

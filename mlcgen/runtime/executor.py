@@ -1,10 +1,14 @@
 """What the engine asks of a device: run one step over a ragged batch of tokens. Executors know no requests."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from mlcgen.runtime.sampler import Sampled, Sampler
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -33,4 +37,17 @@ class Executor(Protocol):
 
     def step(self, batch: StepInput) -> Float32:
         """Logits, (rows, vocab_size) float32. The array is valid until the next call."""
+        ...
+
+
+@runtime_checkable
+class SamplingExecutor(Executor, Protocol):
+    """An executor that chooses tokens where it computes the logits."""
+
+    def start(self, batch: StepInput, samplers: "Sequence[Sampler]") -> None:
+        """Begin a step and the choice of a token for each of its logit rows; one step may be under way."""
+        ...
+
+    def finish(self) -> "Sampled":
+        """Wait for the step that was begun; its samplers have recorded their tokens."""
         ...

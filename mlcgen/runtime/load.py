@@ -74,13 +74,14 @@ def _plan_executor(
     max_batch: int,
     memory_utilization: float,
 ) -> Executor:
-    from mlcgen.runtime import device_weights
+    from mlcgen.runtime import device_sampler, device_weights
     from mlcgen.runtime.cuda import CudaDevice
     from mlcgen.runtime.plan_executor import PlanExecutor, function_names
 
     plan = json.loads(plan_file.read_text())
     device = CudaDevice()
-    device.load(base64.b64decode(plan["module"]), [*function_names(plan), *device_weights.FUNCTIONS, "argmax_rows"])
+    names = [*function_names(plan), *device_weights.FUNCTIONS, *device_sampler.FUNCTIONS]
+    device.load(base64.b64decode(plan["module"]), names)
     if weights is None:
         addresses = device_weights.make_random_weights(device, plan["weights"])
     else:

@@ -16,7 +16,9 @@ import numpy.typing as npt
 
 from mlcgen.errors import RequestError
 from mlcgen.runtime.cuda import Address, CudaDevice, Graph
+from mlcgen.runtime.device_sampler import DeviceSampler
 from mlcgen.runtime.executor import Float32, Int32, StepInput
+from mlcgen.runtime.sampler import Sampled, Sampler
 from mlcgen.runtime.sizes import evaluate
 
 ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "uint8": 1}
@@ -61,10 +63,28 @@ class PlanExecutor:
         self._weights = weights
         self._steps: dict[tuple[int, ...], _Step] = {}
         self._logits = _PinnedRows(device, self.vocab_size)
+        self._sampler = DeviceSampler(device, self.vocab_size, self.max_batch)
         device.synchronize()
 
     def step(self, batch: StepInput) -> Float32:
         """See Executor.step."""
+        address = self._start(batch)
+        logits = self._logits.rows(len(batch.logit_rows))
+        self._device.download(logits, address)
+        self._device.synchronize()
+        return logits
+
+    def start(self, batch: StepInput, samplers: Sequence[Sampler]) -> None:
+        """See SamplingExecutor.start."""
+        self._sampler.start(self._start(batch), samplers)
+
+    def finish(self) -> Sampled:
+        """See SamplingExecutor.finish."""
+        self._device.synchronize()
+        return self._sampler.finish()
+
+    def _start(self, batch: StepInput) -> Address:
+        """Start a step; returns where its logits will be."""
         if len(batch.input_ids) > self.max_tokens_per_step:
             raise RequestError(f"{len(batch.input_ids)} tokens in one step, {self.max_tokens_per_step} were compiled")
         is_decode = len(batch.input_ids) == len(batch.seq_lens) == len(batch.logit_rows)
@@ -73,11 +93,7 @@ class PlanExecutor:
             self._device.launch_graph(step.graph)
         else:
             self._run(step)
-        rows = len(batch.logit_rows)
-        logits = self._logits.rows(rows)
-        self._device.download(logits, self._tensor_address(step, self._plan["output"]))
-        self._device.synchronize()
-        return logits
+        return self._tensor_address(step, self._plan["output"])
 
     def _decode_step(self, batch: StepInput) -> _Step:
         count, blocks = len(batch.seq_lens), batch.block_table.shape[1]

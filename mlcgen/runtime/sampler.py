@@ -11,7 +11,7 @@ import numpy.typing as npt
 from mlcgen.errors import RequestError
 from mlcgen.runtime.executor import Float32, Int32
 
-__all__ = ["Sampler", "SamplingParams", "draw_index", "largest_reaching", "top_k_ids"]
+__all__ = ["Sampled", "Sampler", "SamplingParams", "draw_index", "largest_reaching", "top_k_ids"]
 
 # Below this temperature the softmax is a one-hot in float32 anyway (the same bound as vLLM's).
 GREEDY_TEMPERATURE = 1e-5
@@ -124,6 +124,15 @@ _CHECKS: list[tuple[str, tuple[type, ...], Callable[[Any], bool], str]] = [
 ]
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """What was chosen from one step's logits, by row. Where a maximum is not finite, the other two mean nothing."""
+
+    tokens: list[int]
+    maxima: list[float]  # the largest raw logit; a NaN if there is one
+    logprobs: list[dict[int, float] | None]  # as Sampler.logprobs; None for rows that want none
+
+
 class Sampler:
     """One request's choice of tokens: its parameters, its random numbers and the tokens it has seen."""
 
@@ -146,7 +155,7 @@ class Sampler:
             logits = self._adjusted(logits)
             best = int(logits.argmax())
         token = best if self._random is None else self._draw(logits, best, self._random)
-        self._record(token)
+        self.record(token)
         return token
 
     def logprobs(self, logits: Float32, best: int, token: int) -> dict[int, float]:
@@ -199,7 +208,28 @@ class Sampler:
             ids, weights = _nucleus(params.top_p, ids, weights)
         return ids, weights
 
-    def _record(self, token: int) -> None:
+    @property
+    def bias(self) -> tuple[Int64, Float32]:
+        """Token ids and what is added to their logits."""
+        return (self._bias.ids, self._bias.values) if self._bias else (np.zeros(0, np.int64), np.zeros(0, np.float32))
+
+    @property
+    def seen(self) -> tuple[Int32, Int32]:
+        """Token ids that penalties apply to, and how often each is in the output."""
+        empty = np.zeros(0, np.int32)
+        return (self._seen.ids, self._seen.output_counts) if self._seen else (empty, empty)
+
+    @property
+    def banned(self) -> Int64:
+        """Token ids that may not come yet."""
+        return self._stop_ids[: None if self._num_tokens < self.params.min_tokens else 0]
+
+    def next_uniform(self) -> float:
+        """The random number in [0, 1) for the next token; 0 if greedy."""
+        return 0.0 if self._random is None else self._random.random()
+
+    def record(self, token: int) -> None:
+        """`token` is the next one."""
         self._num_tokens += 1
         if self._seen:
             self._seen.add(token)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from mlcgen.runtime.device_sampler import DeviceSampler, Sampled
-from mlcgen.runtime.sampler import Sampler, SamplingParams
+from mlcgen.runtime.device_sampler import DeviceSampler
+from mlcgen.runtime.sampler import Sampled, Sampler, SamplingParams
 
 from .emulate_cuda import needs_compiler
 from .emulated_device import EmulatedDevice
@@ -29,29 +29,6 @@ extern "C" __global__ void __launch_bounds__(1024)
 VOCABS = [5, 257, 1000, 4097]
 
 
-class OpenSampler(Sampler):
-    """With what DeviceSampler asks for."""
-
-    @property
-    def bias(self) -> tuple[np.ndarray, np.ndarray]:
-        return (self._bias.ids, self._bias.values) if self._bias else (np.zeros(0, np.int64), np.zeros(0, np.float32))
-
-    @property
-    def seen(self) -> tuple[np.ndarray, np.ndarray]:
-        empty = np.zeros(0, np.int32)
-        return (self._seen.ids, self._seen.output_counts) if self._seen else (empty, empty)
-
-    @property
-    def banned(self) -> np.ndarray:
-        return self._stop_ids if self._num_tokens < self.params.min_tokens else np.zeros(0, np.int64)
-
-    def next_uniform(self) -> float:
-        return 0.0 if self._random is None else self._random.random()
-
-    def record(self, token: int) -> None:
-        self._record(token)
-
-
 class Rows:
     """Requests, each sampled on the device and on the host."""
 
@@ -62,7 +39,7 @@ class Rows:
         rng = np.random.default_rng(0)
         prompts = [rng.integers(0, vocab, 6).tolist() for _ in params]
         stops = [0, vocab - 1]
-        self.on_device = [OpenSampler(p, prompt, stops) for p, prompt in zip(params, prompts, strict=True)]
+        self.on_device = [Sampler(p, prompt, stops) for p, prompt in zip(params, prompts, strict=True)]
         self.on_host = [Sampler(p, prompt, stops) for p, prompt in zip(params, prompts, strict=True)]
 
     def sample(self, logits: np.ndarray, masks: dict[int, np.ndarray] | None = None) -> Sampled:
@@ -89,7 +66,7 @@ class Rows:
 @pytest.fixture(scope="module")
 def device() -> EmulatedDevice:
     emulated = EmulatedDevice()
-    emulated.load(SOURCE.encode(), {})
+    emulated.load(SOURCE.encode(), [])
     return emulated
 
 

@@ -39,7 +39,7 @@ for line in sys.stdin:
     answer({"first_token_s": tokens / 100 / speed, "decode_tokens_per_s": decode})
 """
 MANIFEST: dict[str, Any] = {
-    "schema_version": 1,
+    "schema_version": 2,
     "name": "small",
     "source": "nowhere",
     "model": {
@@ -55,15 +55,15 @@ MANIFEST: dict[str, Any] = {
     "quantization": "q4",
     "context_length": 128,
     "max_batch": 4,
-    "max_tokens_per_step": 512,
     "kv": {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "page_size": 16, "dtype": "float16"},
     "entry": {"name": "forward", "inputs": [], "weights": []},
     "targets": [
-        {"name": "cpu", "kind": "cpu", "arch": os.uname().machine, "features": [], "executor": "vm"}
+        {"name": "cpu", "kind": "cpu", "arch": os.uname().machine, "features": [], "executor": "vm", "max_tokens_per_step": 512}
         | {"file": "lib/cpu.so", "sha256": ""}
     ],
     "runtime_libraries": [],
     "weights": [{"file": "weights/model.safetensors", "sha256": "", "bytes": 1}],
+    "random_weights": False,
     "versions": {},
 }
 KERNELS = [

@@ -10,7 +10,7 @@ from mlcgen.cli_output import format_bytes
 from mlcgen.errors import ArtifactError
 
 MANIFEST: dict[str, Any] = {
-    "schema_version": 1,
+    "schema_version": 2,
     "name": "tiny-q4",
     "model": {"model_type": "llama", "num_layers": 2, "hidden_size": 64, "vocab_size": 100, "eos_token_ids": [2]},
     "quantization": "q4",

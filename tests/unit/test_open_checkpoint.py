@@ -46,7 +46,7 @@ def test_config_alone(model: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "error", "problem"),
     [
-        ("no-such-model", CheckpointError, "installed model .*smollm2-135m.* or hub id"),
+        ("no-such-model", CheckpointError, "named model .*smollm2-135m.* or hub id"),
         ("missing.gguf", CheckpointError, "not a file"),
         ("org/missing.gguf", CheckpointError, "not a file"),
         ("a/b/c", CheckpointError, "no model 'a/b/c'"),

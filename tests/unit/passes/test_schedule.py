@@ -5,6 +5,7 @@ from tvm import IRModule, relax, te
 from tvm.script import tirx as T  # noqa: N812
 
 from mlcgen.formats import F32
+from mlcgen.targets import resolve
 from mlcgen.passes.schedule import HOW, describe, schedule
 
 
@@ -63,11 +64,11 @@ def total(a: T.Buffer((32,), "float32"), out: T.Buffer((1,), "float32")):
     ("before", "expected"), [(doubled, doubled_in_parallel), (summed, summed_in_parallel)], ids=["elementwise", "rows"]
 )
 def test_kernels_get_a_schedule(before, expected):
-    tvm.ir.assert_structural_equal(schedule(IRModule({"kernel": before})), IRModule({"kernel": expected}))
+    tvm.ir.assert_structural_equal(schedule(IRModule({"kernel": before}), resolve("cpu")), IRModule({"kernel": expected}))
 
 
 def test_what_no_rule_takes_stays_serial_and_says_so():
-    found = schedule(IRModule({"kernel": total}))
+    found = schedule(IRModule({"kernel": total}), resolve("cpu"))
     expected = IRModule({"kernel": total.with_attr(HOW, "fallback: serial")})
     tvm.ir.assert_structural_equal(found, expected)
 
@@ -77,14 +78,14 @@ def test_a_kernel_that_a_target_wrote_stays(tools):
         "embedding": tools.target.kernels.embedding(F32, 40, 32).without_attr("global_symbol"),
         "finished": summed.with_attr(HOW, "by hand"),
     }
-    found = schedule(IRModule(kernels))
+    found = schedule(IRModule(kernels), resolve("cpu"))
     tvm.ir.assert_structural_equal(found, IRModule(kernels))
     assert describe(found)["finished"] == "by hand"
 
 
 def test_a_kernel_without_loops(tools):
     mod = tools.forward([tools.var("x")], lambda builder, x: relax.op.add(x, x))
-    assert set(describe(schedule(relax.transform.LegalizeOps()(mod))).values()) == {"fallback: serial"}
+    assert set(describe(schedule(relax.transform.LegalizeOps()(mod), resolve("cpu"))).values()) == {"fallback: serial"}
 
 
 def test_same_result(tools, rng):

@@ -10,7 +10,7 @@ LAYERS = 6
 
 
 def planned(module: IRModule, target, until: str = "plan_memory") -> IRModule:
-    lowering = passes.lowering_pipeline()
+    lowering = passes.lowering_pipeline(target)
     names = [name for name, _ in lowering]
     return passes.run(module, lowering[: names.index(until) + 1], target, lambda name, mod: None)
 
