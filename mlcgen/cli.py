@@ -287,7 +287,7 @@ def verify(
 def bench(
     artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Builds of one model.")],
     target: RunTarget = "auto",
-    peer: Annotated[list[str] | None, typer.Option(help="llama.cpp or openvino. Repeatable.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="llama.cpp, openvino, or on a GPU torch. Repeatable.")] = None,
     peer_model: Annotated[Path | None, typer.Option(help="GGUF file for the peers; default: the source's.")] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 128,

@@ -18,7 +18,7 @@ class Spec:
     """What an engine is opened with."""
 
     engine: str  # "mlcgen" or one of PEERS
-    model: str  # artifact directory or GGUF file
+    model: str  # artifact directory (of "torch" too: it takes the shapes) or GGUF file
     threads: int
     context: int  # tokens, over all sequences, that its KV cache must hold
     batch: int = 1  # sequences at a time
@@ -120,9 +120,16 @@ class Peer:
     distribution: str
 
 
+def _torch_compile(spec: Spec) -> Engine:
+    from mlcgen.bench.torch_engine import TorchCompile
+
+    return TorchCompile(spec)
+
+
 PEERS = {
     "llama.cpp": Peer(LlamaCpp, "xllamacpp", "xllamacpp"),
     "openvino": Peer(OpenVino, "openvino_genai", "openvino-genai"),
+    "torch": Peer(_torch_compile, "torch", "torch"),
 }
 
 

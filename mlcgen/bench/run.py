@@ -16,10 +16,11 @@ import numpy as np
 from mlcgen import artifact
 from mlcgen.bench.engines import PEERS, Spec
 from mlcgen.bench.process import Worker
-from mlcgen.bench.work import DecodeReads, artifact_reads, gguf_reads, prefill_flops
+from mlcgen.bench.work import DecodeReads, artifact_reads, gguf_reads, prefill_flops, torch_reads
 from mlcgen.checkpoint.source import gguf_file
 from mlcgen.errors import BenchError
 from mlcgen.runtime.cpu import host_cpu_name, usable_cores
+from mlcgen.runtime.cuda import CudaDevice
 from mlcgen.runtime.load import choose_target
 
 __all__ = ["Options", "bench"]
@@ -107,9 +108,10 @@ def bench(
     contestants = _contestants([Path(path) for path in artifacts], target, peers, peer_model, options)
     manifest = artifact.read_manifest(artifacts[0])
     sizes = sorted({each.reads.weights for each in contestants if each.reads})
-    entry = choose_target(manifest["targets"], target)["name"]
-    flops = prefill_flops(Path(artifacts[0]), manifest, entry, options.prompt)
-    turns = _turns(contestants, sizes, int(manifest["model"]["vocab_size"]), options, progress or _silent)
+    entry = choose_target(manifest["targets"], target)
+    flops = prefill_flops(Path(artifacts[0]), manifest, entry["name"], options.prompt)
+    vocab, on_gpu = int(manifest["model"]["vocab_size"]), entry["kind"] == "cuda"
+    turns = _turns(contestants, sizes, vocab, options, progress or _silent, on_gpu)
     next(turns)  # the first one warms up
     peaks: list[Any] = []
     samples: dict[str, list[Metrics]] = {each.name: [] for each in contestants}
@@ -117,7 +119,10 @@ def bench(
         peaks.append(turn_peaks)
         for name, metrics in turn.items():
             samples[name].append(metrics)
-    return _result(contestants, samples, peaks, flops, options)
+    result = _result(contestants, samples, peaks, flops, options)
+    if on_gpu:
+        result["machine"]["gpu"] = CudaDevice().name
+    return result
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -136,7 +141,7 @@ def _contestants(
         raise BenchError(f"{', '.join(map(str, paths))} are not builds of one model; measure each model by itself")
     for name in dict.fromkeys(peers):
         _require(name)
-        found.append(_peer(name, _peer_model(peer_model, manifests[0]), manifests[0]))
+        found.append(_peer(name, paths[0], peer_model, manifests[0]))
     return found
 
 
@@ -174,7 +179,10 @@ def _peer_model(given: str | Path | None, manifest: Mapping[str, Any]) -> Path:
     return file
 
 
-def _peer(name: str, file: Path, manifest: Mapping[str, Any]) -> Contestant:
+def _peer(name: str, path: Path, peer_model: str | Path | None, manifest: Mapping[str, Any]) -> Contestant:
+    if name == "torch":
+        return Contestant(name, name, str(path), int(manifest["context_length"]), None, torch_reads(manifest))
+    file = _peer_model(peer_model, manifest)
     # OpenVINO repacks the weights and quantizes the cache, so what it reads is not known.
     reads = gguf_reads(file, manifest["kv"]) if name == "llama.cpp" else None
     return Contestant(name, name, str(file), int(manifest["model"]["max_position_embeddings"]), None, reads)
@@ -189,12 +197,14 @@ def _turns(
     vocab: int,
     options: Options,
     progress: Callable[[str, int, int], None],
+    on_gpu: bool = False,
 ) -> Iterator[tuple[Any, dict[str, Metrics]]]:
     """repeat + 1 times: (the machine's peaks, metrics by engine)."""
     done, total = 0, (options.repeat + 1) * len(TESTS) * len(contestants)
     rng = np.random.default_rng(SEED)
     with ExitStack() as stack:
-        probe = stack.enter_context(Worker("the machine probe", {"engine": "probe", "threads": options.threads}))
+        spec = {"engine": "cuda probe" if on_gpu else "probe", "threads": options.threads}
+        probe = stack.enter_context(Worker("the machine probe", spec))
         workers = {
             each.name: stack.enter_context(Worker(each.name, each.spec(options, only_plain=False)))
             for each in contestants
@@ -302,7 +312,9 @@ def _achieved(
         result["decode_peak_share"] = result["decode_bytes_per_s"] / peak
     if flops:
         result["prefill_flops_per_s"] = flops * metrics["prefill_tokens_per_s"]["median"] / options.prompt
-        result["prefill_peak_share"] = result["prefill_flops_per_s"] / limits["ops_per_s"]["float32"]["median"]
+        ops = limits["ops_per_s"]
+        if peak := ops.get("float32") or ops.get("float16"):  # of a CPU; of a GPU's tensor cores
+            result["prefill_peak_share"] = result["prefill_flops_per_s"] / peak["median"]
     return result
 
 

@@ -100,13 +100,14 @@ def footer(result: Mapping[str, Any]) -> list[str]:
         for size, peak in result["peaks"]["bytes_per_s"].items()
     ]
     computing = [
-        f"{peak['median'] / 1e9:.0f} {'GFLOP/s' if dtype == 'float32' else 'Gop/s'} {dtype}"
+        f"{peak['median'] / 1e9:.0f} {'GFLOP/s' if dtype.startswith('float') else 'Gop/s'} {dtype}"
         for dtype, peak in result["peaks"]["ops_per_s"].items()
     ]
     turns = "turn" if options["repeat"] == 1 else "turns"
     return [
-        f"peaks     {', '.join([*reading, *computing])} (the shares above are of these, and of float32)",
-        f"machine   {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads",
+        f"peaks     {', '.join([*reading, *computing])} (the shares above are of these, and of floats)",
+        f"machine   {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+        + (f", {machine['gpu']}" if "gpu" in machine else ""),
         f"versions  {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
         f"medians of {options['repeat']} {turns} after one to warm up",
         *(f"skipped   {row['name']}, {test}: {why}" for row in result["engines"] for test, why in _skipped(row)),
@@ -129,7 +130,9 @@ def _ratio(ratios: Mapping[str, Mapping[str, float]], peer: str, metric: str) ->
 
 
 def _of_peak(achieved: Mapping[str, float], value: str, share: str) -> str:
-    return f"{achieved[value] / 1e9:.1f} ({achieved[share]:.0%})" if value in achieved else ABSENT
+    if value not in achieved:
+        return ABSENT
+    return f"{achieved[value] / 1e9:.1f}" + (f" ({achieved[share]:.0%})" if share in achieved else "")
 
 
 def _rate(tokens_per_s: float) -> str:

@@ -37,6 +37,16 @@ def gguf_reads(file: Path, kv: Mapping[str, Any]) -> DecodeReads:
     return DecodeReads(weights, page_bytes({**kv, "dtype": "float16", "page_size": 1}))
 
 
+def torch_reads(manifest: Mapping[str, Any]) -> DecodeReads:
+    """Of the Llama in float16 that bench/torch_engine.py builds: all matrices, keys and values."""
+    model = manifest["model"]
+    hidden, dim = model["hidden_size"], model["head_dim"]
+    attention = hidden * dim * (2 * model["num_heads"] + 2 * model["num_kv_heads"])
+    block = attention + 3 * hidden * model["intermediate_size"]
+    kv = 2 * model["num_layers"] * model["num_kv_heads"] * dim
+    return DecodeReads(2 * (model["num_layers"] * block + model["vocab_size"] * hidden), 2 * kv)
+
+
 def prefill_flops(path: Path, manifest: Mapping[str, Any], target: str, tokens: int) -> int:
     """Multiplications and additions of the matrices and of causal attention, with the logits of the last token only.
 

@@ -32,6 +32,10 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 
 
 def _open(**spec: Any) -> Callable[..., Any]:
+    if spec["engine"] == "cuda probe":
+        from mlcgen.bench.cuda_probe import open_cuda_probe
+
+        return open_cuda_probe()
     if spec["engine"] == "probe":
         from mlcgen.bench.probe import open_probe
 

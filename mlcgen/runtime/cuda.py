@@ -88,6 +88,7 @@ class CudaDevice:
         library.cuGetErrorName.argtypes = [_INT, ctypes.POINTER(ctypes.c_char_p)]
         library.cuMemcpyHtoDAsync_v2.argtypes = [_U64, _PTR, _SIZE, _PTR]
         library.cuMemcpyDtoHAsync_v2.argtypes = [_PTR, _U64, _SIZE, _PTR]
+        library.cuMemcpyDtoDAsync_v2.argtypes = [_U64, _U64, _SIZE, _PTR]
         library.cuMemsetD8Async.argtypes = [_U64, ctypes.c_ubyte, _SIZE, _PTR]
         library.cuMemFree_v2.argtypes = [_U64]
         library.cuMemAlloc_v2.argtypes = [ctypes.POINTER(_U64), _SIZE]
@@ -171,6 +172,10 @@ class CudaDevice:
             self._check(
                 "cuMemcpyDtoHAsync", self._cuda.cuMemcpyDtoHAsync_v2(to.ctypes.data, source, to.nbytes, self._stream)
             )
+
+    def copy(self, to: Address, source: Address, num_bytes: int) -> None:
+        """Start copying within the device's memory."""
+        self._check("cuMemcpyDtoDAsync", self._cuda.cuMemcpyDtoDAsync_v2(to, source, num_bytes, self._stream))
 
     def mark_copy(self, which: int) -> None:
         """Remember what has been started so far as copy 0 or 1, for `wait_for_copy`."""

@@ -112,13 +112,14 @@ def _batch(manifest: Mapping[str, Any], wanted: int | None) -> int:
 
 
 def choose_target(entries: Sequence[Mapping[str, Any]], wanted: str) -> Mapping[str, Any]:
-    """The entry for this machine that uses the most of its features, or the named one."""
+    """The entry for this machine that uses the most of it: of all, of a kind ("cuda"), or the named one."""
     problems = {str(e["name"]): cannot_run(e) for e in entries}
-    if wanted != "auto" and wanted not in problems:
+    meant = [e for e in entries if wanted in ("auto", e["name"], e.get("kind"))]
+    if not meant:
         raise TargetError(f"target {wanted!r} is not in this artifact; it has: {', '.join(problems)}")
-    able = [e for e in entries if wanted in ("auto", e["name"]) and problems[str(e["name"])] is None]
+    able = [e for e in meant if problems[str(e["name"])] is None]
     if not able:
-        reasons = "; ".join(f"{name}: {why}" for name, why in problems.items() if wanted in ("auto", name))
+        reasons = "; ".join(f"{e['name']}: {problems[str(e['name'])]}" for e in meant)
         raise TargetError(f"this artifact has no target that runs here ({reasons}); compile it for this machine")
     # A GPU before the CPU; of several for one CPU the one that uses most of it.
     return max(able, key=lambda e: (e.get("kind") != "cpu", len(e.get("features", ()))))

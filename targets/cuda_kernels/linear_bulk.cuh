@@ -3,7 +3,9 @@
 // What bounds such a product is how early its weights are asked for. Here each warp has a ring of STAGES segments,
 // 32 rows by SEGMENT columns, that bulk copies fill: far more bytes in flight than registers hold. Blocks stay and take
 // every gridDim.x-th 32 rows, so a ring goes on to the next rows while the sums of these are stored. A grid of one
-// block per multiprocessor leaves room for the next kernel's blocks, whose rings fill before this kernel has ended.
+// block per multiprocessor, of less than half its shared memory, leaves room for the next kernel's blocks, whose rings
+// fill before this kernel has ended. (The host asks for all of the memory as shared memory, for this kernel and those
+// around it: a multiprocessor must be empty to divide it anew.)
 //
 // Warps share nothing but x and their sums: a segment belongs to one warp, which waits for it and refills its stage.
 #pragma once
@@ -15,24 +17,28 @@ template <class Weights, int COLUMNS> struct Segment;
 template <int BITS, int GROUP, bool HAS_MINIMUM, int N, int K, bool GATED, int COLUMNS>
 struct Segment<GroupWeights<BITS, GROUP, HAS_MINIMUM, N, K, GATED>, COLUMNS> {
   using Weights = GroupWeights<BITS, GROUP, HAS_MINIMUM, N, K, GATED>;
-  static_assert(K % CHUNK == 0 && COLUMNS % CHUNK == 0 && COLUMNS % GROUP == 0, "segments begin with a chunk and a group");
-  static constexpr int COPIES = HAS_MINIMUM ? 6 : 4;  // a lane makes one of them
+  static_assert(K % CHUNK == 0 && COLUMNS % CHUNK == 0 && COLUMNS % GROUP == 0, "whole chunks and groups");
   DEVICE static constexpr int code_bytes(int columns) { return columns * BITS / 8 * TILE; }  // of a tile
   DEVICE static constexpr int scale_bytes(int columns) { return columns / GROUP * TILE * 2; }
-  DEVICE static constexpr int bytes(int columns) { return 2 * code_bytes(columns) + (COPIES - 2) * scale_bytes(columns); }
+  DEVICE static constexpr int bytes(int columns) {
+    return 2 * (code_bytes(columns) + (HAS_MINIMUM ? 2 : 1) * scale_bytes(columns));
+  }
   static constexpr int SCALES = 2 * code_bytes(COLUMNS), MINIMA = SCALES + 2 * scale_bytes(COLUMNS);
   static constexpr int BYTES = bytes(COLUMNS);
 
-  // Asks for `columns` columns from `column` on of a block's rows. Lanes 0 ... COPIES - 1 do.
-  DEVICE static void copy(u8* stage, u64* barrier, const LinearArgs& args, int block, int column, int columns, int lane) {
-    i64 tile = Rows<N, GATED>::matrix_tile(block, lane % 2);
-    if (lane < 2) {
+  // Asks for `columns` columns from `column` on of a block's rows. One thread does.
+  DEVICE static void copy(u8* stage, u64* barrier, const LinearArgs& args, int block, int column, int columns) {
+    expect_bulk(barrier, bytes(columns));
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      i64 tile = Rows<N, GATED>::matrix_tile(block, half);
       const u8* codes = static_cast<const u8*>(args.w) + tile * code_bytes(K) + code_bytes(column);
-      copy_bulk(stage + lane * code_bytes(COLUMNS), codes, code_bytes(columns), barrier);
-    } else {
-      const u8* scales = static_cast<const u8*>(lane < 4 ? args.scale : args.minimum);
-      copy_bulk(stage + SCALES + (lane - 2) * scale_bytes(COLUMNS), scales + tile * scale_bytes(K) + scale_bytes(column),
-                scale_bytes(columns), barrier);
+      copy_bulk(stage + half * code_bytes(COLUMNS), codes, code_bytes(columns), barrier);
+      i64 group = tile * scale_bytes(K) + scale_bytes(column);
+      u8* scales = stage + half * scale_bytes(COLUMNS);
+      copy_bulk(scales + SCALES, static_cast<const u8*>(args.scale) + group, scale_bytes(columns), barrier);
+      if (!HAS_MINIMUM) continue;
+      copy_bulk(scales + MINIMA, static_cast<const u8*>(args.minimum) + group, scale_bytes(columns), barrier);
     }
   }
 
@@ -51,13 +57,17 @@ struct Segment<GroupWeights<BITS, GROUP, HAS_MINIMUM, N, K, GATED>, COLUMNS> {
   }
 };
 
-template <class Weights_, class Out_, int N_, int K_, int WARPS_, int SEGMENT_, int STAGES_, bool NORM_, bool GATED_>
+// EARLY: the next kernel's blocks may be placed, and fill their rings, before the previous kernel has ended.
+template <class Weights_, class Out_, int N_, int K_, int WARPS_, int SEGMENT_, int STAGES_, bool NORM_, bool GATED_,
+          bool EARLY_>
 struct BulkSpec : StreamSpec<Weights_, Out_, N_, K_, 1, WARPS_, 1, 0, true, NORM_, GATED_> {
   using Stored = Segment<Weights_, SEGMENT_>;
   static constexpr int TOKENS_AT_MOST = 4;
+  static constexpr bool EARLY = EARLY_;
   static constexpr int SEGMENT = SEGMENT_, STAGES = STAGES_;  // columns; segments of a warp's ring
   static constexpr int SEGMENTS = (K_ + SEGMENT - 1) / SEGMENT;
-  static constexpr int ROW_BLOCKS = (BulkSpec::Row::OUT + BulkSpec::Row::OUT_PER_BLOCK - 1) / BulkSpec::Row::OUT_PER_BLOCK;
+  static constexpr int PER_BLOCK = BulkSpec::Row::OUT_PER_BLOCK;  // rows of the result
+  static constexpr int ROW_BLOCKS = (BulkSpec::Row::OUT + PER_BLOCK - 1) / PER_BLOCK;
   static constexpr int RING_BYTES = STAGES * Stored::BYTES;
   DEVICE static int columns(int segment) { return segment < SEGMENTS - 1 ? SEGMENT : K_ - (SEGMENTS - 1) * SEGMENT; }
 };
@@ -83,11 +93,9 @@ template <class S> struct Ring {
 
   DEVICE void fill(int stage) {
     if (next_block >= S::ROW_BLOCKS) return;
-    int columns = S::columns(next_segment);
-    if (lane == 0) expect_bulk(barriers + stage, S::Stored::bytes(columns));
-    if (lane < S::Stored::COPIES) {
+    if (one_lane()) {
       S::Stored::copy(stages + stage * S::Stored::BYTES, barriers + stage, args, next_block, next_segment * S::SEGMENT,
-                      columns, lane);
+                      S::columns(next_segment));
     }
     next_segment += S::WARPS;
     if (next_segment >= S::SEGMENTS) {
@@ -162,23 +170,33 @@ template <class S> struct Norm {
   }
 };
 
-// store_sums of linear_stream.cuh for the rows of `block`.
-template <class S> DEVICE void store_rows(const float* sums, const LinearArgs& args, int block) {
+// A thread's result: one of 32 (GATED: 16) rows of `block` for one token. What stands around the product is read while
+// the sums are not there yet.
+template <class S> struct Result {
   using R = typename S::Row;
-  for (int i = threadIdx.x; i < R::OUT_PER_BLOCK * args.n; i += S::THREADS) {
-    int r = i % R::OUT_PER_BLOCK, token = i / R::OUT_PER_BLOCK, row = block * R::OUT_PER_BLOCK + r;
-    if (row >= R::OUT) continue;
-    float v = args.bias ? args.bias[row] : 0.0f, up = S::GATED && args.bias ? args.bias[S::N / 2 + row] : 0.0f;
-    float residual = args.residual ? args.residual[i64(token) * R::OUT + row] : 0.0f;
+  static_assert(S::THREADS >= R::OUT_PER_BLOCK * S::TOKENS_AT_MOST, "a thread for each result");
+  int r = threadIdx.x % R::OUT_PER_BLOCK, token = threadIdx.x / R::OUT_PER_BLOCK, row;
+  float v = 0, up = 0;
+
+  DEVICE Result(const LinearArgs& args, int block) : row(block * R::OUT_PER_BLOCK + r) {
+    if (!exists(args)) return;
+    if (args.bias) v = args.bias[row];
+    if (args.bias && S::GATED) up = args.bias[S::N / 2 + row];
+    if (args.residual) v += args.residual[i64(token) * R::OUT + row];
+  }
+  DEVICE bool exists(const LinearArgs& args) const { return token < args.n && row < R::OUT; }
+
+  DEVICE void store(const float* sums, const LinearArgs& args) {
+    if (!exists(args)) return;
 #pragma unroll
     for (int w = 0; w < S::WARPS; w++) {
       v += sums[(w * 32 + r) * S::PITCH + token];
       if (S::GATED) up += sums[(w * 32 + 16 + r) * S::PITCH + token];
     }
     if (S::GATED) v = v / (1.0f + __expf(-v)) * up;
-    static_cast<typename S::Out*>(args.out)[i64(token) * R::OUT + row] = from_float<typename S::Out>(v + residual);
+    static_cast<typename S::Out*>(args.out)[i64(token) * R::OUT + row] = from_float<typename S::Out>(v);
   }
-}
+};
 
 // Grid: at most ROW_BLOCKS blocks. Shared memory: WARPS * RING_BYTES, twice SUMS floats, n * TOKEN_BYTES.
 template <class S> DEVICE void linear_bulk(const LinearArgs& args) {
@@ -186,34 +204,36 @@ template <class S> DEVICE void linear_bulk(const LinearArgs& args) {
   __shared__ u64 barriers[S::WARPS * S::STAGES];
   float* sums = reinterpret_cast<float*>(shared + S::WARPS * S::RING_BYTES);
   u8* staged = reinterpret_cast<u8*>(sums + 2 * S::SUMS);
-  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   Ring<S> ring(args, shared + warp * S::RING_BYTES, barriers + warp * S::STAGES, warp, lane);
+  if (S::EARLY) let_next_start();
   if constexpr (S::NORM) {
     Norm<S> norm(args.norm);
     wait_for_previous();
-    let_next_start();
+    if (!S::EARLY) let_next_start();
     norm.stage(staged, args);
   } else {
     wait_for_previous();
-    let_next_start();
+    if (!S::EARLY) let_next_start();
     prepare_tokens<S>(staged, args);
   }
 
   int turn = 0;  // two sets of sums: one is stored while warps that are ahead fill the other
   for (int block = blockIdx.x; block < S::ROW_BLOCKS; block += gridDim.x, turn ^= 1) {
+    Result<S> result(args, block);
     float sum[2][1][4] = {};
     for (int segment = warp; segment < S::SEGMENTS; segment += S::WARPS) {
       const u8* stage = ring.wait();
       int chunks = S::columns(segment) / CHUNK;
 #pragma unroll 4
       for (int i = 0; i < chunks; i++) {
-        uint4 x[1] = {load_x<S>(staged, args, g, segment * S::SEGMENT + i * CHUNK + t * 8)};
+        uint4 x[1] = {load_x<S>(staged, args, lane / 4, segment * S::SEGMENT + i * CHUNK + lane % 4 * 8)};
         S::Weights::multiply(sum, S::Stored::load(stage, i, lane), x);
       }
       ring.advance();
     }
     put_sums<S>(sums + turn * S::SUMS, sum, warp, lane, args.n);
     __syncthreads();
-    store_rows<S>(sums + turn * S::SUMS, args, block);
+    result.store(sums + turn * S::SUMS, args);
   }
 }

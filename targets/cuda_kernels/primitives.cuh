@@ -162,15 +162,15 @@ DEVICE void prefetch(const void* p, u32 bytes) {
 #endif
 }
 
-// Bulk copies (sm_90): one thread asks for up to megabytes, from global to shared memory, that count at a barrier there.
-// Its phases have parity 0, 1, 0, ...; one ends when expect_bulk() was called and as many bytes have arrived.
+// Bulk copies (sm_90): one thread asks for many bytes from global memory, which count at a barrier in shared memory when
+// they arrive there. The barrier's phases have parity 0, 1, 0, ...; one ends when all that expect_bulk() said has come.
 DEVICE void init_bulk_barrier(u64* barrier) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // visible to the copies
 #endif
 }
-// All bytes that will arrive in this phase, also those already asked for.
+// Once in each phase: all bytes (less than 2^20) that will arrive in it, those already asked for too.
 DEVICE void expect_bulk(u64* barrier, u32 bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
@@ -182,8 +182,8 @@ DEVICE void copy_bulk(void* to_shared, const void* from, u32 bytes, u64* barrier
 #if __CUDA_ARCH__ >= 900
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-      ::"r"(shared_address(to_shared)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to_shared)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy) : "memory");
 #endif
 }
 // Until the phase of this parity has ended; its bytes are then visible to the calling thread.
@@ -195,4 +195,18 @@ DEVICE void wait_bulk(u64* barrier, u32 parity) {
         : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
   }
 #endif
+}
+// True for one lane, of a warp whose lanes are all here.
+DEVICE bool one_lane() {
+  u32 is_one = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(is_one));
+#endif
+  return is_one;
+}
+
+// (a & mask) | c in one instruction: a compiler that sees two constants makes two of it.
+DEVICE u32 and_or(u32 a, u32 mask, u32 c) {
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(a) : "r"(a), "r"(mask), "r"(c));
+  return a;
 }

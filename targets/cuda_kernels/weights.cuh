@@ -171,7 +171,7 @@ template <int BITS, int GROUP, bool HAS_MINIMUM, int N, int K, bool GATED> struc
   DEVICE static u32 raw_pair(const Chunk& c, int slot, int step, int half) {
     if constexpr (BITS == 8) return pick_bytes(word(c.codes[step], slot), RAW, half == 0 ? 0x5150 : 0x5352);
     // Byte j: column j low, column 4 + j high; a mask takes bytes 0 and 2, after a shift bytes 1 and 3.
-    return ((word(c.codes[0], slot) >> (half * 8)) & (step == 0 ? 0x000f000fu : 0x00f000f0u)) | RAW;
+    return and_or(word(c.codes[0], slot) >> (half * 8), step == 0 ? 0x000f000fu : 0x00f000f0u, RAW);
   }
 
   template <int TILES>

@@ -254,3 +254,6 @@ DEVICE void wait_bulk(u64* barrier, u32 parity) {
     emulator::fail("wait_bulk for bytes that were not asked for, or more than were");
   emulator::take_bulk_copies(barrier, [](const emulator::BulkCopy& c) { memcpy(c.to, c.from, c.bytes); });
 }
+DEVICE bool one_lane() { return emulator::current->index % WARP == 0; }
+
+DEVICE u32 and_or(u32 a, u32 mask, u32 c) { return a & mask | c; }

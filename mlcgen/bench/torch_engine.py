@@ -1,0 +1,129 @@
+"""PyTorch as a peer on GPUs: a plain Llama in float16, its blocks through torch.compile, decoding in a CUDA graph.
+
+What gpt-fast does, for the shapes of an artifact's model; the weights are random.
+"""
+
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from mlcgen import artifact
+from mlcgen.bench.engines import Prompts, Spec, Timing
+
+
+class TorchCompile:
+    def __init__(self, spec: Spec) -> None:
+        config = artifact.read_manifest(spec.model)["model"]
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.float16 if self.device == "cuda" else torch.float32
+        with torch.device(self.device), torch.no_grad():
+            torch.set_default_dtype(dtype)
+            self.model = Llama(config, spec.batch, -(-spec.context // spec.batch // 64) * 64 + 64)
+            torch.set_default_dtype(torch.float32)
+        for block in self.model.blocks:
+            block.compile(dynamic=False)
+        self._graphs: dict[int, Any] = {}
+
+    @torch.no_grad()
+    def generate(self, prompts: Prompts, tokens: int) -> Timing:
+        ids = torch.tensor([list(p) for p in prompts], device=self.device)
+        self._synchronize()
+        start = perf_counter()
+        token = self.model(ids, torch.arange(ids.shape[1], device=self.device))
+        self._synchronize()
+        first = perf_counter()
+        if tokens == 1:
+            return Timing(first - start, None)
+        step = self._decoder(len(prompts))
+        self._synchronize()
+        begin = perf_counter()
+        for i in range(tokens - 1):
+            token = step(token, ids.shape[1] + i)
+        self._synchronize()
+        return Timing(first - start, len(prompts) * (tokens - 1) / (perf_counter() - begin))
+
+    def _decoder(self, batch: int) -> Any:
+        """A function (token (batch, 1), position) -> next token, recorded as a graph where there is a GPU."""
+        if batch not in self._graphs:
+            token = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
+            position = torch.zeros(1, dtype=torch.long, device=self.device)
+            for _ in range(3):
+                out = self.model(token, position)
+            graph = None
+            if self.device == "cuda":
+                self._synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    out = self.model(token, position)
+            self._graphs[batch] = graph, token, position, out
+        graph, held, at, out = self._graphs[batch]
+
+        def step(token: Any, position: int) -> Any:
+            held.copy_(token)
+            at.fill_(position)
+            if graph is None:
+                return self.model(held, at)
+            graph.replay()
+            return out
+
+        return step
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+class Llama(torch.nn.Module):  # type: ignore[misc]
+    def __init__(self, config: dict[str, Any], batch: int, context: int) -> None:
+        super().__init__()
+        hidden, vocab = config["hidden_size"], config["vocab_size"]
+        self.embed = torch.nn.Embedding(vocab, hidden)
+        self.blocks = torch.nn.ModuleList([Block(config, batch, context) for _ in range(config["num_layers"])])
+        self.norm = torch.nn.RMSNorm(hidden, config["norm_eps"])
+        self.head = torch.nn.Linear(hidden, vocab, bias=False)
+        half = config["head_dim"] // 2
+        angles = torch.arange(context).float()[:, None] * 10000.0 ** (-torch.arange(half).float() / half)
+        self.table = torch.stack([angles.cos(), angles.sin()]).to(self.embed.weight.dtype)
+        self.mask = torch.ones(context, context, dtype=torch.bool).tril()
+
+    def forward(self, ids: Any, positions: Any) -> Any:
+        """ids (batch, n) at positions (n,) -> the most likely next token, (batch, 1)."""
+        x, table, mask = self.embed(ids), self.table[:, positions], self.mask[positions]
+        for block in self.blocks:
+            x = block(x, table, mask, positions)
+        return self.head(self.norm(x[:, -1:])).argmax(-1)
+
+
+class Block(torch.nn.Module):  # type: ignore[misc]
+    def __init__(self, config: dict[str, Any], batch: int, context: int) -> None:
+        super().__init__()
+        hidden, inner = config["hidden_size"], config["intermediate_size"]
+        self.heads, self.kv_heads, self.dim = config["num_heads"], config["num_kv_heads"], config["head_dim"]
+        linear = torch.nn.Linear
+        self.qkv = linear(hidden, (self.heads + 2 * self.kv_heads) * self.dim, bias=False)
+        self.out = linear(self.heads * self.dim, hidden, bias=False)
+        self.gate_up, self.down = linear(hidden, 2 * inner, bias=False), linear(inner, hidden, bias=False)
+        self.norms = torch.nn.ModuleList([torch.nn.RMSNorm(hidden, config["norm_eps"]) for _ in range(2)])
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.zeros(batch, self.kv_heads, context, self.dim))
+
+    def forward(self, x: Any, table: Any, mask: Any, positions: Any) -> Any:
+        batch, n, _ = x.shape
+        qkv = self.qkv(self.norms[0](x)).view(batch, n, -1, self.dim).transpose(1, 2)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
+        q, k = _rotate(q, table), _rotate(k, table)
+        self.keys[:batch, :, positions] = k
+        self.values[:batch, :, positions] = v
+        keys, values = self.keys[:batch], self.values[:batch]
+        y = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+        x = x + self.out(y.transpose(1, 2).reshape(batch, n, -1))
+        gate, up = self.gate_up(self.norms[1](x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+def _rotate(x: Any, table: Any) -> Any:
+    a, b = x.chunk(2, -1)
+    cos, sin = table
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
