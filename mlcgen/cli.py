@@ -97,6 +97,9 @@ KvDtype = Annotated[str, typer.Option(help="auto, float32, float16, or bfloat16.
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RunTarget = Annotated[str, typer.Option("--target", "-t", help="auto, or a target that the artifact holds.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")]
+GpuMemory = Annotated[
+    float, typer.Option("--gpu-memory-utilization", min=0.05, max=1.0, help="Share of a GPU's memory to use.")
+]
 NumPages = Annotated[int | None, typer.Option(min=1, help="KV cache size; default: what memory allows.")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Tokens to generate at most.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the most likely token.")]
@@ -157,6 +160,7 @@ def run(
     num_pages: NumPages = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Sequences per step; default: as compiled.")] = None,
     threads: Threads = None,
+    gpu_memory_utilization: GpuMemory = 0.9,
     as_json: Json = False,
 ) -> None:
     """Complete prompts; one prompt streams, several run as one batch."""
@@ -176,7 +180,7 @@ def run(
         logprobs=logprobs,
     )
     with output.waiting("loading"):
-        llm = LLM(artifact, target, num_pages, max_batch, threads)
+        llm = LLM(artifact, target, num_pages, max_batch, threads, gpu_memory_utilization)
     if len(prompts) == 1 and not as_json:
         return output.stream(llm.stream(prompts[0], params))
     with output.waiting("generating"):
@@ -199,6 +203,7 @@ def chat(
     seed: Seed = None,
     num_pages: NumPages = None,
     threads: Threads = None,
+    gpu_memory_utilization: GpuMemory = 0.9,
 ) -> None:
     """Talk with a model. /reset forgets, /exit or end of input leaves, Ctrl-C stops an answer."""
     from mlcgen.runtime.llm import LLM
@@ -208,7 +213,7 @@ def chat(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=max_tokens
     )
     with output.waiting("loading"):
-        llm = LLM(artifact, target, num_pages, 1, threads)
+        llm = LLM(artifact, target, num_pages, 1, threads, gpu_memory_utilization)
     _converse(llm, params, [{"role": "system", "content": system}] if system else [])
 
 

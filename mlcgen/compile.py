@@ -111,11 +111,12 @@ def _build(
     else:
         weights.check_parameters(checkpoint, shapes)
     plan, fallbacks = weights.storage_plan(options.quantization, shapes, dtypes)
-    lifted, reports, entries = None, {}, []
+    lifted: Lifted | None = None
+    reports, entries = {}, []
     for target in targets:
-        before = lifted
-        lifted, lines = _compile_target(mod, plan, options, target, staging, progress, observe)
-        assert before is None or before.weights == lifted.weights, "targets must store the same weights"
+        one, lines = _compile_target(mod, plan, options, target, staging, progress, observe)
+        assert lifted is None or lifted.weights == one.weights, "targets must store the same weights"
+        lifted = one
         reports[target.name] = {**lines, "fallbacks": [*target.fallbacks, *fallbacks, *lines["fallbacks"]]}
         entries.append(_target_entry(target, staging))
     assert lifted is not None

@@ -21,7 +21,7 @@ import base64
 import dataclasses
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tvm import IRModule, ir, relax, tirx
@@ -30,7 +30,7 @@ from mlcgen.errors import CompileError
 from mlcgen.nvrtc import compile_cuda, resources
 from mlcgen.passes.rewrite import FORWARD, bindings, is_op
 from mlcgen.runtime.sizes import Size, evaluate
-from mlcgen.targets.base import Target
+from mlcgen.targets.base import PlanKernels, Target
 from mlcgen.targets.cuda_codegen import generate, size_of
 from mlcgen.targets.device_kernel import Code, Variant
 
@@ -62,7 +62,8 @@ def launch_plan(
 def _codes(mod: IRModule, target: Target, types: Mapping[str, list[str]]) -> dict[str, Code]:
     """The code of every kernel that is called."""
     functions = {name: mod[name] for name in types}
-    kernels = {name: target.kernels.device_kernel(func) for name, func in functions.items()}  # type: ignore[attr-defined]
+    found = cast(PlanKernels, target.kernels)
+    kernels = {name: found.device_kernel(func) for name, func in functions.items()}
     codes = {name: kernel.generate(types[name]) for name, kernel in kernels.items() if kernel is not None}
     return codes | generate({n: f for n, f in functions.items() if kernels[n] is None}, target.tvm)
 
@@ -212,5 +213,3 @@ class _Builder:
 
 def _type_of(var: relax.Var) -> dict[str, Any]:
     return {"shape": [size_of(d) for d in var.ty.shape], "dtype": str(var.ty.dtype)}
-
-

@@ -14,7 +14,8 @@ KERNELS = Path(__file__).resolve().parent / "targets" / "cuda_kernels"
 
 
 def compile_cuda(source: str, arch: str) -> tuple[bytes, str]:
-    """(cubin, the assembler's report of registers and spills) of a CUDA C++ text for "sm_90" and the like.
+    """(machine code, the assembler's report of registers and spills) of a CUDA C++ text for "sm_90" and the like; for
+    "compute_80" and the like assembly (PTX) and no report.
 
     Raises CompileError with the compiler's words, or with what to install.
     """
@@ -24,7 +25,8 @@ def compile_cuda(source: str, arch: str) -> tuple[bytes, str]:
     # Hopper's own instructions exist under its architecture-specific name only.
     name = f"{arch}a" if arch in ("sm_90", "sm_100") else arch
     options = [f"--gpu-architecture={name}", "--std=c++17", "--device-as-default-execution-space"]
-    options += ["--ptxas-options=-v", f"-I{KERNELS}", f"-I{_headers()}"]
+    options += [f"-I{KERNELS}", f"-I{_headers()}"]
+    options += [] if arch.startswith("compute") else ["--ptxas-options=-v"]
     try:
         arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         status = library.nvrtcCompileProgram(program, len(options), arguments)
@@ -32,7 +34,7 @@ def compile_cuda(source: str, arch: str) -> tuple[bytes, str]:
         if status:
             errors = [line for line in log.splitlines() if "error" in line] or [log[-500:]]
             raise CompileError(f"NVRTC could not compile the kernels for {arch}: {errors[0][:500]}")
-        return _bytes(library, program, "CUBIN"), log
+        return _bytes(library, program, "PTX" if arch.startswith("compute") else "CUBIN"), log
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -95,9 +95,7 @@ def fuse_linear(mod: IRModule, formats: Mapping[str, WeightFormat], target: Targ
     return rewrite(mod, rule)
 
 
-def _with_input(
-    rewriter: Rewriter, spec: Linear, x: relax.Expr, parts: list[relax.Expr], target: Target
-) -> _Product:
+def _with_input(rewriter: Rewriter, spec: Linear, x: relax.Expr, parts: list[relax.Expr], target: Target) -> _Product:
     """The product, computing its input itself where it can. What others read too is computed once more: it is cheap."""
     value = rewriter.value(x)
     if is_op(value, "relax.nn.rms_norm") and len(value.ty.shape) == 2 and [int(a) for a in value.attrs.axes] == [-1]:

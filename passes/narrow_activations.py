@@ -4,11 +4,13 @@ What products multiply is rounded to 16 bits anyway, so rounding it when it is w
 stream, which adds up the layers, stays in float32.
 """
 
+from typing import cast
+
 from tvm import IRModule, relax
 from tvm.relax.analysis import free_vars
 
 from mlcgen.passes.rewrite import FORWARD, Rewriter, bindings, is_op, rewrite
-from mlcgen.targets.base import Target
+from mlcgen.targets.base import PlanKernels, Target
 from mlcgen.targets.device_kernel import NARROW
 
 _Tensor = tuple[relax.Var, int]  # a binding's variable, and which of its results
@@ -18,6 +20,7 @@ def narrow_activations(mod: IRModule, target: Target, preferred: str) -> IRModul
     """preferred: the 16-bit type where several will do."""
     if not target.has_narrow_activations:
         return mod
+    kernels = cast(PlanKernels, target.kernels)
     types = _narrow_types(mod, preferred)
 
     def rule(rewriter: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
@@ -27,7 +30,7 @@ def narrow_activations(mod: IRModule, target: Target, preferred: str) -> IRModul
         args = list(value.args[1].fields)
         fresh = [ty for ty, is_fresh in zip(written, _are_fresh(value), strict=True) if is_fresh]
         dtypes = [str(ty.dtype) for ty in [*(arg.ty for arg in args), *fresh]]
-        gv = rewriter.add_kernel(target.kernels.retyped(mod[value.args[0].name_hint], dtypes))
+        gv = rewriter.add_kernel(kernels.retyped(mod[value.args[0].name_hint], dtypes))
         if is_op(value, "relax.call_tir"):
             return relax.call_tir(gv, args, written[0] if len(written) == 1 else written)
         return relax.call_tir_inplace(gv, args, [int(i) for i in value.attrs.inplace_indices], written)

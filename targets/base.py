@@ -47,6 +47,18 @@ class Kernels(Protocol):
     ) -> Any: ...
 
 
+class PlanKernels(Kernels, Protocol):
+    """Those of a target whose executor runs launch plans: PrimFuncs that stand for device_kernel.DeviceKernel."""
+
+    def device_kernel(self, placeholder: Any) -> Any:
+        """The kernel that a PrimFunc stands for; None if TVM is to generate its code."""
+        ...
+
+    def retyped(self, placeholder: Any, dtypes: list[str]) -> Any:
+        """The same kernel for arguments of other types."""
+        ...
+
+
 @dataclass(frozen=True)
 class Target:
     name: str  # as users write it, resolved: cpu:x86-64-v3

@@ -10,7 +10,8 @@ from mlcgen.targets import cuda_kernels
 from mlcgen.targets.base import Linear, Target
 from mlcgen.targets.device_kernel import KEY, DeviceKernel
 
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
+# Machine code for a GPU, or with compute_80 assembly (PTX) that the driver of any GPU since compiles when it loads.
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "compute_80")
 DEFAULT = "sm_90"
 MAX_TOKENS_PER_STEP = 2048  # more tokens at once raise the products' speed no further
 
@@ -18,6 +19,8 @@ MAX_TOKENS_PER_STEP = 2048  # more tokens at once raise the products' speed no f
 def cuda_target(variant: str = "") -> Target:
     """The target `cuda:<arch>`, or this machine's GPU for "". Raises TargetError for an unknown arch."""
     arch = variant or _this_gpu()
+    if not variant and arch not in ARCHS:
+        arch = "compute_80"
     if arch not in ARCHS:
         have = ", ".join(f"cuda:{a}" for a in ARCHS)
         raise TargetError(f"target 'cuda:{variant}' is not known; have: cuda, {have}")
@@ -25,7 +28,7 @@ def cuda_target(variant: str = "") -> Target:
         f"cuda:{arch}",
         "cuda",
         "plan",
-        {"kind": "cuda", "arch": arch},
+        {"kind": "cuda", "arch": arch.replace("compute", "sm")},
         (arch,),
         arch,
         max_tokens_per_step=MAX_TOKENS_PER_STEP,

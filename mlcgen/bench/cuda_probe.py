@@ -1,4 +1,4 @@
-"""A GPU's peaks: how fast it copies memory, and how fast NVIDIA's library multiplies matrices, where PyTorch brings it."""
+"""A GPU's peaks: how fast it copies memory, and multiplies matrices by NVIDIA's library, where PyTorch brings that."""
 
 import importlib.util
 from collections.abc import Callable, Sequence

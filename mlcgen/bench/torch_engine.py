@@ -26,7 +26,7 @@ class TorchCompile:
             block.compile(dynamic=False)
         self._graphs: dict[int, Any] = {}
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def generate(self, prompts: Prompts, tokens: int) -> Timing:
         ids = torch.tensor([list(p) for p in prompts], device=self.device)
         self._synchronize()

@@ -104,7 +104,7 @@ class CudaDevice:
         self._stream = _PTR()
         self._check("cuStreamCreate", library.cuStreamCreate(ctypes.byref(self._stream), _NON_BLOCKING))
         self._events = [self._new_event(), self._new_event()]
-        self._functions: dict[str, _PTR] = {}
+        self._functions: dict[str, ctypes.c_void_p] = {}
         self._module = _PTR()
 
     @property
@@ -129,10 +129,6 @@ class CudaDevice:
         self._check("cuMemGetInfo", self._cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)))
         return free.value, total.value
 
-    def attach(self) -> None:
-        """Make the device current in this thread; each thread that uses it calls this once."""
-        self._check("cuCtxSetCurrent", self._cuda.cuCtxSetCurrent(self._context))
-
     def allocate(self, num_bytes: int, purpose: str) -> Address:
         """Zeroed memory. Raises DeviceError that names the purpose where there is not enough."""
         address = _U64()
@@ -156,7 +152,7 @@ class CudaDevice:
         self._check("cuMemHostAlloc", self._cuda.cuMemHostAlloc(ctypes.byref(pointer), max(num_bytes, 16), 0))
         assert pointer.value is not None
         raw = (ctypes.c_uint8 * num_bytes).from_address(pointer.value)
-        return np.frombuffer(raw, np.uint8)
+        return np.ctypeslib.as_array(raw)
 
     def upload(self, to: Address, array: npt.NDArray[Any]) -> None:
         """Start copying; pinned memory must stay as it is until `synchronize`."""
@@ -184,7 +180,7 @@ class CudaDevice:
     def wait_for_copy(self, which: int) -> None:
         self._check("cuEventSynchronize", self._cuda.cuEventSynchronize(self._events[which]))
 
-    def _new_event(self) -> _PTR:
+    def _new_event(self) -> ctypes.c_void_p:
         event = _PTR()
         self._check("cuEventCreate", self._cuda.cuEventCreate(ctypes.byref(event), _NO_TIMING))
         return event

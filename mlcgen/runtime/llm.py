@@ -26,11 +26,12 @@ def load_engine(
     num_pages: int | None = None,
     max_batch: int | None = None,
     num_threads: int | None = None,
+    gpu_memory_utilization: float = 0.9,
 ) -> Engine:
     """An engine on the artifact at `path`. Arguments and errors as in `LLM`."""
     from mlcgen.runtime.load import load_executor  # late: it brings the device's libraries
 
-    model = load_executor(path, target=target, num_pages=num_pages, max_batch=max_batch, num_threads=num_threads)
+    model = load_executor(path, target, num_pages, max_batch, num_threads, gpu_memory_utilization)
     tokenizer = Tokenizer(model.tokenizer_path, model.tokenizer_config) if model.tokenizer_path else None
     return Engine(model.executor, tokenizer, model.eos_token_ids, model.context_length, model.max_batch)
 
@@ -40,7 +41,8 @@ class LLM:
 
     path: an artifact directory. target: "auto" or a name as in `mlcgen run --target`. num_pages: size of the KV cache
     (None: what memory allows). max_batch: sequences per step (None: as compiled). num_threads: CPU threads (None: all
-    cores). Raises ArtifactError or TargetError if the artifact cannot run here.
+    cores). gpu_memory_utilization: share of a GPU's memory that weights, workspace and KV cache may take together.
+    Raises ArtifactError or TargetError if the artifact cannot run here, DeviceError where memory is short.
     """
 
     def __init__(
@@ -50,8 +52,9 @@ class LLM:
         num_pages: int | None = None,
         max_batch: int | None = None,
         num_threads: int | None = None,
+        gpu_memory_utilization: float = 0.9,
     ) -> None:
-        self.engine = load_engine(path, target, num_pages, max_batch, num_threads)
+        self.engine = load_engine(path, target, num_pages, max_batch, num_threads, gpu_memory_utilization)
         self._ids = itertools.count()
 
     @property
@@ -157,6 +160,7 @@ class AsyncEngine:
         num_pages: int | None = None,
         max_batch: int | None = None,
         num_threads: int | None = None,
+        gpu_memory_utilization: float = 0.9,
     ) -> None:
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}  # the engine's thread only
@@ -164,7 +168,7 @@ class AsyncEngine:
         self._lock = threading.Lock()
         self._is_closed = False
         loaded: Future[Engine] = Future()
-        load = partial(load_engine, path, target, num_pages, max_batch, num_threads)
+        load = partial(load_engine, path, target, num_pages, max_batch, num_threads, gpu_memory_utilization)
         self._thread = threading.Thread(target=self._run, args=(load, loaded), name="mlcgen-engine", daemon=True)
         self._thread.start()
         engine = loaded.result()

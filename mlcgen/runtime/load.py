@@ -37,10 +37,14 @@ def load_executor(
     num_pages: int | None = None,
     max_batch: int | None = None,
     num_threads: int | None = None,
-    memory_utilization: float = 0.9,
+    gpu_memory_utilization: float = 0.9,
 ) -> LoadedModel:
-    """Load the artifact at `path`. num_pages: pages of the KV cache; None takes what the batch can use, at most half
-    of the free memory, or of a GPU's memory what `memory_utilization` of all leaves after weights and workspace. Raises ArtifactError for damage, TargetError where nothing in it runs here."""
+    """Load the artifact at `path`.
+
+    num_pages: pages of the KV cache; None takes what the batch can use, at most half of the free memory, or what
+    `gpu_memory_utilization` of a GPU's memory leaves after weights and workspace.
+    Raises ArtifactError for damage, TargetError where nothing in it runs here, DeviceError where memory is short.
+    """
     manifest = artifact.read_manifest(path)
     entry = choose_target(manifest["targets"], target)
     library = artifact.check_hash(path, entry)
@@ -51,7 +55,7 @@ def load_executor(
     batch = _batch(manifest, max_batch)
     executor: Executor
     if entry["executor"] == "plan":
-        executor = _plan_executor(library, manifest, weights, num_pages, batch, memory_utilization)
+        executor = _plan_executor(library, manifest, weights, num_pages, batch, gpu_memory_utilization)
     else:
         if weights is None:
             raise ArtifactError(f"{path} has no weights, and {entry['name']} cannot make random ones")
@@ -121,8 +125,8 @@ def choose_target(entries: Sequence[Mapping[str, Any]], wanted: str) -> Mapping[
     if not able:
         reasons = "; ".join(f"{e['name']}: {problems[str(e['name'])]}" for e in meant)
         raise TargetError(f"this artifact has no target that runs here ({reasons}); compile it for this machine")
-    # A GPU before the CPU; of several for one CPU the one that uses most of it.
-    return max(able, key=lambda e: (e.get("kind") != "cpu", len(e.get("features", ()))))
+    # A GPU before the CPU; of several for one GPU the newest machine code, for one CPU what uses most of it.
+    return max(able, key=lambda e: (e.get("kind") != "cpu", _generation(e), len(e.get("features", ()))))
 
 
 def cannot_run(entry: Mapping[str, Any]) -> str | None:
@@ -138,11 +142,22 @@ def cannot_run(entry: Mapping[str, Any]) -> str | None:
     return f"this CPU has no {', '.join(missing)}" if missing else None
 
 
+def _generation(entry: Mapping[str, Any]) -> int:
+    """Machine code by its number, sm_90 -> 90; assembly (compute_80) and CPUs last."""
+    kind, _, number = str(entry.get("arch")).partition("_")
+    return int(number) if kind == "sm" and number.isdigit() else 0
+
+
 def _cannot_run_cuda(entry: Mapping[str, Any]) -> str | None:
     if reason := cuda.missing():
         return reason
-    found = cuda.compute_capability()
-    return None if found == entry.get("arch") else f"needs {entry.get('arch')}, this GPU is {found}"
+    found, arch = str(cuda.compute_capability()), str(entry.get("arch"))
+    have, needed = (int(name.partition("_")[2] or 0) for name in (found, arch))
+    if arch.startswith("compute"):  # assembly, for this generation and all later ones
+        runs = have >= needed
+    else:  # machine code, for later members of a generation too, but for what Hopper and Blackwell have of their own
+        runs = have == needed if needed >= 90 else have // 10 == needed // 10 and have >= needed
+    return None if runs else f"needs {arch}, this GPU is {found}"
 
 
 def page_bytes(kv: Mapping[str, Any]) -> int:

@@ -128,14 +128,18 @@ class PlanExecutor:
 
     def _new_step(self, symbols: dict[str, int]) -> _Step:
         shapes = {
-            name: tuple(evaluate(size, symbols) for size in spec["shape"]) for name, spec in self._plan["inputs"].items()
+            name: tuple(evaluate(size, symbols) for size in spec["shape"])
+            for name, spec in self._plan["inputs"].items()
         }
         offsets, end = {}, 0
         for name, shape in shapes.items():
             offsets[name] = end
             end += -(-prod(shape) * 4 // 256) * 256
         staging = self._device.pinned(end)
-        host = {name: staging[offsets[name] :].view(np.int32)[: prod(shape)].reshape(shape) for name, shape in shapes.items()}
+        host = {
+            name: staging[offsets[name] :].view(np.int32)[: prod(shape)].reshape(shape)
+            for name, shape in shapes.items()
+        }
         return _Step(host, staging, self._device.allocate(end, "inputs of a step"), offsets, symbols)
 
     def _fill(self, step: _Step, batch: StepInput, count: int) -> None:
@@ -246,5 +250,5 @@ def _power_of_two(value: int) -> int:
 
 def function_names(plan: Mapping[str, Any]) -> list[str]:
     """Each function that the plan launches."""
-    launches = (l for variants in plan["kernels"].values() for v in variants for l in v["launches"])
+    launches = (launch for kernel in plan["kernels"].values() for variant in kernel for launch in variant["launches"])
     return sorted({str(launch["function"]) for launch in launches})

@@ -3,6 +3,7 @@
 A size is an int, the name of a symbol ("n", "seqs"), or [operator, size, size].
 """
 
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -10,7 +11,8 @@ from mlcgen.errors import ArtifactError
 
 Size: TypeAlias = Any  # int | str | [str, Size, Size]
 
-_OPERATORS: dict[str, Callable[[int, int], int]] = {
+MAX_DEPTH = 64  # of operators in operators; a compiler's stay below 10
+OPERATORS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
@@ -25,14 +27,19 @@ _OPERATORS: dict[str, Callable[[int, int], int]] = {
 }
 
 
-def evaluate(size: Size, symbols: Mapping[str, int]) -> int:
-    """The size's value. Raises ArtifactError for a symbol or an operator that there is not, or a division by zero."""
+def evaluate(size: Size, symbols: Mapping[str, int], depth: int = MAX_DEPTH) -> int:
+    """The size's value. Raises ArtifactError for a symbol or an operator that there is not, a division by zero, or what
+    is no size or one too deep."""
     if type(size) is int:
         return size
     try:
         if isinstance(size, str):
             return symbols[size]
+        if not isinstance(size, list) or depth == 0:
+            raise ValueError
         operator, left, right = size
-        return _OPERATORS[operator](evaluate(left, symbols), evaluate(right, symbols))
+        return OPERATORS[operator](evaluate(left, symbols, depth - 1), evaluate(right, symbols, depth - 1))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ArtifactError(f"the size {str(size)[:80]} cannot be computed; compile the model again") from error
+        raise ArtifactError(
+            f"the size {reprlib.repr(size)[:80]} cannot be computed; compile the model again"
+        ) from error

@@ -101,7 +101,8 @@ def signature(tiling: Tiling, spec: Linear, operand: str, out: str, q4: bool) ->
     features = spec.out_features // 2 if gated else spec.out_features
     first = "codes, scales, x" if q4 else "w, w, x"
     body = f"gemm::gemm_block<{C_TYPES[operand]}, {tile}, {cpp(has_residual)}>(gemm::Maps{{{first}}}, "
-    body += f"gemm::Output<{C_TYPES[out]}>(out, bias, residual, n, {features}), gemm::Partials<{tile}>{{nullptr, nullptr}}, "
+    body += f"gemm::Output<{C_TYPES[out]}>(out, bias, residual, n, {features}), "
+    body += f"gemm::Partials<{tile}>{{nullptr, nullptr}}, "
     body += f"{spec.in_features}, 0);"
     return before, params, body
 

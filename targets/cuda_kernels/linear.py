@@ -21,7 +21,7 @@ from mlcgen.targets.device_kernel import (
 )
 
 from . import gemm
-from .code import C_TYPES, HALVES, cpp, definition, operand_type, stored_type
+from .code import C_TYPES, HALVES, cpp, definition, operand_type
 
 THREADS = 256  # of the kernels before
 STAGED_TOKENS = 4  # up to here each block keeps, and normalizes, the tokens itself; more are normalized once, before
@@ -137,12 +137,12 @@ class _Linear:
         spec, fmt = self.spec, self.spec.fmt
         n, k = spec.out_features, spec.in_features
         name = f"decode_{fmt.name}_{n}x{k}"
-        body = f"decode_matrix<{stored_type(fmt, k)}, f16, {n}, {k}>(w, scale, minimum, out);"
-        pointers = ["const void* w", "const void* scale", "const void* minimum", "f16* out"]
+        body = f"decode_matrix<{fmt.bits}, {fmt.group}, {cpp(fmt.has_minimum)}, f16, {n}, {k}>(w, scale, minimum, out);"
+        pointers = ["const void* w", "const f16* scale", "const f16* minimum", "f16* out"]
         functions[name] = definition(name, pointers, body, THREADS)
         matrix = scratch(self._token_bytes if before else 0)
         args = (self._arg("w"), self._arg("scale"), self._arg("minimum"), matrix)
-        decode = Launch(name, (-(-k // 32), -(-n // 32), 1), THREADS, args)
+        decode = Launch(name, (-(-k // 128), -(-n // 16), 1), THREADS, args)
         variants = []
         for most, tiling in gemm.dense_tilings(n):
             if most and most <= FEW_TOKENS:

@@ -77,13 +77,12 @@ template <class S> struct Ring {
   const LinearArgs& args;
   u8* stages;
   u64* barriers;
-  int lane;
   int next_block, next_segment;  // to ask for
   int stage = 0;                 // that is used next,
   u32 parity = 0;                // and its phase
 
   DEVICE Ring(const LinearArgs& args, u8* stages, u64* barriers, int warp, int lane)
-      : args(args), stages(stages), barriers(barriers), lane(lane), next_block(blockIdx.x), next_segment(warp) {
+      : args(args), stages(stages), barriers(barriers), next_block(blockIdx.x), next_segment(warp) {
     if (warp >= S::SEGMENTS) next_block = S::ROW_BLOCKS;
     if (lane < S::STAGES) init_bulk_barrier(barriers + lane);
     sync_warp();

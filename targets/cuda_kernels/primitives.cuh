@@ -162,8 +162,8 @@ DEVICE void prefetch(const void* p, u32 bytes) {
 #endif
 }
 
-// Bulk copies (sm_90): one thread asks for many bytes from global memory, which count at a barrier in shared memory when
-// they arrive there. The barrier's phases have parity 0, 1, 0, ...; one ends when all that expect_bulk() said has come.
+// Bulk copies (sm_90): one thread asks for many bytes from global memory, which count at a barrier in shared memory as
+// they arrive there. The barrier's phases have parity 0, 1, 0, ...; one ends when all that expect_bulk() said is there.
 DEVICE void init_bulk_barrier(u64* barrier) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
@@ -183,7 +183,8 @@ DEVICE void copy_bulk(void* to_shared, const void* from, u32 bytes, u64* barrier
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to_shared)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy) : "memory");
+      " [%0], [%1], %2, [%3], %4;"
+      ::"r"(shared_address(to_shared)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy) : "memory");
 #endif
 }
 // Until the phase of this parity has ended; its bytes are then visible to the calling thread.

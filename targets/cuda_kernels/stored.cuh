@@ -38,23 +38,31 @@ DEVICE void embedding(const i32* ids, const void* w, const void* scale, const vo
   for (int k = threadIdx.x; k < K; k += blockDim.x) out[i64(blockIdx.x) * K + k] = table.at(id, k);
 }
 
-// out (N, K) T row-major = the whole matrix. Grid: (K / 32, ceil(N / 32)), 256 threads; reads by words of a tile, turns
-// them through shared memory, writes 64-byte rows.
-template <class Stored, class T, int N, int K>
-DEVICE void decode_matrix(const void* w, const void* scale, const void* minimum, T* out) {
-  __shared__ float block[32][33];
-  Stored stored(w, scale, minimum);
-  int row = blockIdx.y * 32, column = blockIdx.x * 32;
-  for (int i = threadIdx.x; i < 32 * 32; i += blockDim.x) {
-    int r = i % 32, k = i / 32;
-    block[r][k] = row + r < N && column + k < K ? stored.at(row + r, column + k) : 0.0f;
+// out (N, K) T row-major = the whole matrix. Grid: (ceil(K / 128), ceil(N / 16)), 256 threads: a block decodes 128
+// columns of a stored tile word by word, and turns them through shared memory into rows.
+template <int BITS, int GROUP, bool HAS_MINIMUM, class T, int N, int K>
+DEVICE void decode_matrix(const void* w, const f16* scale, const f16* minimum, T* out) {
+  constexpr int TILE = 16, COLUMNS = 128, CODES = 32 / BITS, WORDS = COLUMNS / CODES * TILE, THREADS = 256;
+  __shared__ __align__(16) T block[TILE][COLUMNS + 8];
+  int tile = blockIdx.y, column = blockIdx.x * COLUMNS;
+  for (int i = threadIdx.x; i < WORDS; i += THREADS) {
+    int r = i % TILE, k = i / TILE * CODES;
+    if (column + k >= K) break;
+    u32 word = static_cast<const u32*>(w)[(i64(tile) * (K / CODES) + (column + k) / CODES) * TILE + r];
+    i64 group = (i64(tile) * (K / GROUP) + (column + k) / GROUP) * TILE + r;
+    float s = to_float(scale[group]), m = HAS_MINIMUM ? to_float(minimum[group]) : -s * (1 << (BITS - 1));
+#pragma unroll
+    for (int j = 0; j < CODES; j++) {  // byte j % 4; its high half holds the second four columns of 4 bits
+      u32 code = word >> (j % 4 * 8 + j / 4 * 4) & ((1 << BITS) - 1);
+      block[r][k + j] = from_float<T>(code * s + m);
+    }
   }
   wait_for_previous();  // `out` may still be read by the kernel before
   let_next_start();
   __syncthreads();
-  for (int i = threadIdx.x; i < 32 * 32; i += blockDim.x) {
-    int r = i / 32, k = i % 32;
-    if (row + r < N && column + k < K) out[i64(row + r) * K + column + k] = from_float<T>(block[r][k]);
+  int r = threadIdx.x / 16, k = threadIdx.x % 16 * 8;
+  if (tile * TILE + r < N && column + k < K) {
+    *reinterpret_cast<uint4*>(out + (i64(tile) * TILE + r) * K + column + k) = *reinterpret_cast<uint4*>(&block[r][k]);
   }
 }
 

@@ -96,4 +96,3 @@ class EmulatedDevice:
 class Recorded:
     def __init__(self) -> None:
         self.actions: list[Any] = []
-

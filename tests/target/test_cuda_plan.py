@@ -76,9 +76,7 @@ def batch(before: list[int], counts: list[int], rng: np.random.Generator, tables
 
 
 @pytest.mark.parametrize("quantization", ["q4", "f16", "bf16"])
-def test_plan_gives_the_logits_of_the_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
-) -> None:
+def test_plan_gives_the_logits_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str) -> None:
     path = compiled(tmp_path, monkeypatch, quantization)
     executor, device = emulated(path)
     expected: Executor = load_executor(path, "cpu", num_pages=PAGES).executor

@@ -58,7 +58,14 @@ MANIFEST: dict[str, Any] = {
     "kv": {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "page_size": 16, "dtype": "float16"},
     "entry": {"name": "forward", "inputs": [], "weights": []},
     "targets": [
-        {"name": "cpu", "kind": "cpu", "arch": os.uname().machine, "features": [], "executor": "vm", "max_tokens_per_step": 512}
+        {
+            "name": "cpu",
+            "kind": "cpu",
+            "arch": os.uname().machine,
+            "features": [],
+            "executor": "vm",
+            "max_tokens_per_step": 512,
+        }
         | {"file": "lib/cpu.so", "sha256": ""}
     ],
     "runtime_libraries": [],
@@ -256,5 +263,5 @@ def test_an_engine_has_gone_to_sleep_before_the_next_one_runs(monkeypatch: pytes
 
 
 def test_the_peers_are_imported_only_where_they_run() -> None:
-    assert set(PEERS) == {"llama.cpp", "openvino"}
+    assert set(PEERS) == {"llama.cpp", "openvino", "torch"}
     assert not {"xllamacpp", "openvino_genai"} & set(sys.modules)

@@ -5,8 +5,8 @@ from tvm import IRModule, relax, te
 from tvm.script import tirx as T  # noqa: N812
 
 from mlcgen.formats import F32
-from mlcgen.targets import resolve
 from mlcgen.passes.schedule import HOW, describe, schedule
+from mlcgen.targets import resolve
 
 
 @T.prim_func(s_tir=True, private=True)
@@ -64,7 +64,9 @@ def total(a: T.Buffer((32,), "float32"), out: T.Buffer((1,), "float32")):
     ("before", "expected"), [(doubled, doubled_in_parallel), (summed, summed_in_parallel)], ids=["elementwise", "rows"]
 )
 def test_kernels_get_a_schedule(before, expected):
-    tvm.ir.assert_structural_equal(schedule(IRModule({"kernel": before}), resolve("cpu")), IRModule({"kernel": expected}))
+    tvm.ir.assert_structural_equal(
+        schedule(IRModule({"kernel": before}), resolve("cpu")), IRModule({"kernel": expected})
+    )
 
 
 def test_what_no_rule_takes_stays_serial_and_says_so():

@@ -1,0 +1,305 @@
+"""Reading a launch plan (mlcgen/launch_plan.py says what is in one): all of it is checked before any of it runs."""
+
+import base64
+import binascii
+import json
+from collections.abc import Callable, Iterator, Mapping
+from math import isfinite, prod
+from pathlib import Path
+from typing import Any
+
+from mlcgen.errors import ArtifactError
+from mlcgen.runtime.sizes import MAX_DEPTH, OPERATORS, Size, evaluate
+
+VERSION = 1
+ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "uint8": 1, "int64": 8}
+TILED = ("float32", "float16", "uint16")  # types whose tiles the device can put in order
+MAP_DTYPES = ("uint32", "float16", "bfloat16")
+# What an executor gives values to, and the inputs whose arrays it fills.
+SYMBOLS = frozenset({"n", "rows", "seqs", "blocks", "num_pages", "is_decode", "longest"})
+INPUTS: Mapping[str, list[Size]] = {
+    "input_ids": ["n"],
+    "positions": ["n"],
+    "slot_mapping": ["n"],
+    "block_table": ["seqs", "blocks"],
+    "seq_lens": ["seqs"],
+    "query_start": [["+", "seqs", 1]],
+    "logit_rows": ["rows"],
+}
+_SMALLEST_STEP = {"rows": 1, "seqs": 1, "blocks": 1, "num_pages": 1, "is_decode": 1, "longest": 1}
+
+_Check = Callable[[Any], bool]
+_BYTES, _INDEX, _COUNT = range(1 << 48), range(1 << 31), range(1, 1 << 31)
+_DTYPES = tuple(ITEM_BYTES)
+
+
+def read_plan(file: Path) -> dict[str, Any]:
+    """The plan, which can run without a KeyError. Raises ArtifactError for what is wrong with it."""
+    try:
+        plan = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
+        version = plan["version"] if isinstance(plan, dict) and "version" in plan else None
+        if type(version) is not int or version != VERSION:
+            raise ArtifactError(f"it is of version {version!r:.40}, this mlcgen reads {VERSION}")
+        if problem := _mismatch(plan, _SCHEMA, "") or next(_contradictions(plan), None):
+            raise ArtifactError(problem)
+    except (ArtifactError, OSError, ValueError, RecursionError) as error:
+        advice = "" if "compile the model again" in str(error) else "; compile the model again"
+        raise ArtifactError(f"cannot read the launch plan {file}: {str(error)[:400]}{advice}") from error
+    return plan
+
+
+def function_names(plan: Mapping[str, Any]) -> list[str]:
+    """Each function that the plan launches."""
+    return sorted({str(launch["function"]) for kernel in plan["kernels"] for launch in _launches(plan, kernel)})
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no number")
+
+
+# The schema: a type, a range, [schema of each item], {key: schema of its value}, the values allowed, a check with what
+# it wants, or one of these.
+
+
+class _Named:
+    """An object of any keys."""
+
+    def __init__(self, item: Any) -> None:
+        self.item = item
+
+
+class _Items:
+    """A list of so many items, each of its own schema."""
+
+    def __init__(self, *items: Any) -> None:
+        self.items = items
+
+
+class _Kinds:
+    """One of several schemas, by what stands at a key, as an item 0 or in an object."""
+
+    def __init__(self, key: int | str, kinds: Mapping[str, Any]) -> None:
+        self.key, self.kinds = key, kinds
+
+
+def _mismatch(value: Any, schema: Any, where: str) -> str | None:
+    """What is wrong with the value at `where`, or None."""
+    if isinstance(schema, _Kinds):
+        kind = _kind(value, schema.key)
+        if kind not in schema.kinds:
+            return f"{where} is missing or of no known kind; have: {', '.join(schema.kinds)}"
+        return _mismatch(value, schema.kinds[kind], where)
+    if isinstance(schema, dict | _Named):
+        if not isinstance(value, dict):
+            return f"{where or 'it'} is missing or no object"
+        items = schema.items() if isinstance(schema, dict) else ((key, schema.item) for key in value)
+        return _first(_mismatch(value.get(key), item, f"{where}.{key[:80]}".lstrip(".")) for key, item in items)
+    if isinstance(schema, list | _Items):
+        if not isinstance(value, list):
+            return f"{where} is missing or no list"
+        each = schema if isinstance(schema, list) else schema.items
+        if isinstance(schema, _Items) and len(value) != len(each):
+            return f"{where} has {len(value)} items, not {len(each)}"
+        return _first(_mismatch(v, each[min(i, len(each) - 1)], f"{where}[{i}]") for i, v in enumerate(value))
+    if isinstance(schema, tuple) and callable(schema[0]):
+        return None if schema[0](value) else f"{where} is {_shown(value)}, which is no {schema[1]}"
+    if isinstance(schema, tuple):
+        known = isinstance(value, str) and value in schema
+        return None if known else f"{where} is {_shown(value)}, none of {', '.join(schema)}"
+    if isinstance(schema, range):
+        return None if type(value) is int and value in schema else f"{where} is {_shown(value)}, no number that can be"
+    return None if type(value) is schema else f"{where} is missing or no {schema.__name__}"
+
+
+def _first(problems: Iterator[str | None]) -> str | None:
+    return next(filter(None, problems), None)
+
+
+def _kind(value: Any, key: int | str) -> str:
+    found = value.get(key) if isinstance(value, dict) else value[:1] if isinstance(value, list) else None
+    found = found[0] if isinstance(found, list) and found else found
+    return found if isinstance(found, str) else ""
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.60}" if isinstance(value, str | float | bool) else f"{value}" if _is_small(value) else "missing"
+
+
+def _is_small(value: Any) -> bool:
+    return type(value) is int and abs(value) < 1 << 64
+
+
+def _is_size(value: Any, depth: int = MAX_DEPTH) -> bool:
+    if isinstance(value, list):
+        is_call = depth > 0 and len(value) == 3 and isinstance(value[0], str) and value[0] in OPERATORS
+        return is_call and all(_is_size(part, depth - 1) for part in value[1:])
+    return isinstance(value, str) or (_is_small(value) and abs(value) < 1 << 62)
+
+
+def _is_float(value: Any) -> bool:
+    return type(value) in (int, float) and isfinite(value) and abs(value) < 3e38
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isascii() and value.isidentifier()
+
+
+def _is_base64(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(base64.b64decode(value, validate=True))
+    except (binascii.Error, ValueError):
+        return False
+
+
+_SIZE = (_is_size, "size")
+_BASE64 = (_is_base64, "base64 of anything")
+_ADDRESSES = {"tensor": _Items(str, _INDEX), "scratch": _Items(str, _SIZE)}
+_MAP = {
+    "of": _Kinds(0, _ADDRESSES),
+    "dtype": MAP_DTYPES,
+    "dims": [_SIZE],
+    "strides": [_BYTES],
+    "box": [range(1, 257)],
+    "swizzle": range(4),
+}
+_ARGUMENTS = {
+    **_ADDRESSES,
+    **dict.fromkeys(("int32", "int64"), _Items(str, _SIZE)),
+    **dict.fromkeys(("counters", "null"), _Items(str, range(1))),
+    "float32": _Items(str, (_is_float, "number")),
+    "map": _Items(str, _MAP),
+}
+_LAUNCH = {
+    "function": (_is_name, "name of a function"),
+    "grid": _Items(_SIZE, _SIZE, _SIZE),
+    "block": range(1, 1025),
+    "shared": _SIZE,
+    "args": [_Kinds(0, _ARGUMENTS)],
+    "overlaps": bool,
+}
+_TENSORS = {
+    "storage": {"storage": _INDEX, "offset": _BYTES, "shape": [_SIZE], "dtype": _DTYPES},
+    "input": {"name": tuple(INPUTS)},
+    "weights": {"name": str},
+    "pages": {"layer": _INDEX},
+    "constant": {"constant": _INDEX},
+}
+_SCHEMA: dict[str, Any] = {
+    "arch": str,
+    "max_tokens_per_step": _COUNT,
+    "symbols": _Named(_Items(tuple(INPUTS), range(2))),
+    "inputs": _Named({"shape": [_SIZE], "dtype": ("int32",)}),
+    "weights": _Named({"shape": [_COUNT], "dtype": ("float32", "float16", "uint16", "uint8"), "is_tiled": bool}),
+    "pages": {"layers": _INDEX, "shape": _Items(*[_COUNT] * 4), "dtype": ("float32", "float16", "uint16")},
+    "storages": [_BYTES],
+    "constants": [{"dtype": _DTYPES, "data": _BASE64}],
+    "tensors": [_Kinds("kind", _TENSORS)],
+    "kernels": _Named([{"when": _SIZE, "launches": [_LAUNCH]}]),
+    "steps": [_Items(str, [_INDEX], _Named(_SIZE))],
+    "output": _INDEX,
+    "scratch": _BYTES,
+    "counters": _BYTES,
+    "module": _BASE64,
+}
+
+
+def _contradictions(plan: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong between the parts of a plan that fits the schema. Raises ArtifactError for sizes that have none."""
+    largest = {**_SMALLEST_STEP, "n": plan["max_tokens_per_step"], **_bounds(plan)}
+    for name, spec in plan["inputs"].items():
+        if spec["shape"] != INPUTS.get(name):
+            yield f"inputs.{name[:80]} is of a shape that no step has"
+    for name, spec in plan["weights"].items():
+        if spec["is_tiled"] and (len(spec["shape"]) != 3 or spec["shape"][2] != 16 or spec["dtype"] not in TILED):
+            yield f"weights.{name[:80]} is not of a shape that has tiles"
+        if prod(spec["shape"]) not in _BYTES:
+            yield f"weights.{name[:80]} is larger than any memory"
+    for i, tensor in enumerate(plan["tensors"]):
+        if problem := _tensor_problem(plan, tensor, largest):
+            yield f"tensors[{i}] {problem}"
+    if plan["output"] >= len(plan["tensors"]) or plan["tensors"][plan["output"]]["kind"] != "storage":
+        yield f"output is {plan['output']}, which is no tensor that a step computes"
+    kernels = {name: _Kernel(plan, name) for name in plan["kernels"]}
+    for name, kernel in kernels.items():
+        if problem := kernel.problem:
+            yield f"kernels.{name[:80]} {problem}"
+    for i, (name, tensors, own) in enumerate(plan["steps"]):
+        problem = (
+            kernels[name].step_problem(tensors, own, largest) if name in kernels else "calls no kernel of the plan"
+        )
+        if problem or not all(tensor < len(plan["tensors"]) for tensor in tensors):
+            yield f"steps[{i}] {problem or 'names a tensor that there is not'}"
+
+
+def _bounds(plan: Mapping[str, Any]) -> dict[str, int]:
+    """The largest values of symbols that memory was planned for, where the plan has them."""
+    found = plan.get("bounds", {})
+    if problem := _mismatch(found, _Named(_COUNT), "bounds"):
+        raise ArtifactError(problem)
+    return dict(found)
+
+
+def _tensor_problem(plan: Mapping[str, Any], tensor: Mapping[str, Any], largest: Mapping[str, int]) -> str | None:
+    kind = tensor["kind"]
+    if kind in ("input", "weights"):
+        known = tensor["name"] in plan["inputs" if kind == "input" else "weights"]
+        return None if known else f"names {tensor['name'][:80]!r}, which is not among the {kind}"
+    if kind == "pages":
+        return None if tensor["layer"] < plan["pages"]["layers"] else "is of a layer that there is not"
+    if kind == "constant":
+        return None if tensor["constant"] < len(plan["constants"]) else "is a constant that there is not"
+    if tensor["storage"] >= len(plan["storages"]):
+        return "lies in a storage that there is not"
+    sides = [evaluate(size, largest) for size in tensor["shape"]]
+    end = tensor["offset"] + prod(sides) * ITEM_BYTES[tensor["dtype"]]
+    if min(sides, default=0) < 0 or end > plan["storages"][tensor["storage"]]:
+        return f"of shape {str(tensor['shape'])[:80]} reaches beyond its storage"
+    return None
+
+
+def _launches(plan: Mapping[str, Any], kernel: str) -> Iterator[Mapping[str, Any]]:
+    return (launch for variant in plan["kernels"][kernel] for launch in variant["launches"])
+
+
+class _Kernel:
+    """What a kernel's launches ask of the steps that call it."""
+
+    def __init__(self, plan: Mapping[str, Any], name: str) -> None:
+        launches = list(_launches(plan, name))
+        arguments = [arg for launch in launches for arg in launch["args"]]
+        self.maps = [value for kind, value in arguments if kind == "map"]
+        addresses = [*arguments, *(each["of"] for each in self.maps)]
+        self.num_tensors = 1 + max((value for kind, value in addresses if kind == "tensor"), default=-1)
+        self.scratch = [value for kind, value in addresses if kind == "scratch"]
+        sizes = [*(v["when"] for v in plan["kernels"][name]), *(launch["shared"] for launch in launches)]
+        sizes += [size for launch in launches for size in launch["grid"]] + self.scratch
+        sizes += [value for kind, value in arguments if kind in ("int32", "int64")]
+        sizes += [size for each in self.maps for size in each["dims"]]
+        self.symbols = set().union(*map(_symbols, sizes))
+        self.scratch_bytes = plan["scratch"]
+        self.has_variants = bool(plan["kernels"][name])
+
+    @property
+    def problem(self) -> str | None:
+        for each in self.maps:
+            if not 1 <= len(each["dims"]) == len(each["box"]) == len(each["strides"]) + 1 <= 5:
+                sizes = ", ".join(f"{len(each[name])} {name}" for name in ("dims", "strides", "box"))
+                return f"has a map of {sizes}"
+        return None if self.has_variants else "has no variant"
+
+    def step_problem(self, tensors: list[int], own: Mapping[str, Size], largest: Mapping[str, int]) -> str | None:
+        if len(tensors) < self.num_tensors:
+            return f"gives {len(tensors)} tensors to a kernel that reads {self.num_tensors}"
+        unknown = sorted((self.symbols - own.keys()).union(*map(_symbols, own.values())) - SYMBOLS)
+        if unknown:
+            return f"has no value for the symbol {unknown[0][:80]!r}"
+        symbols = {**largest, **{name: evaluate(size, largest) for name, size in own.items()}}
+        if not all(0 <= evaluate(offset, symbols) <= self.scratch_bytes for offset in self.scratch):
+            return "uses more scratch memory than the plan sets aside"
+        return None
+
+
+def _symbols(size: Size) -> set[str]:
+    if isinstance(size, list):
+        return _symbols(size[1]) | _symbols(size[2])
+    return {size} if isinstance(size, str) else set()
