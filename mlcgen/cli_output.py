@@ -283,7 +283,10 @@ def devices(found: Sequence["Device"], as_json: bool) -> None:
         return print_json([device.as_dict() for device in found])
     for device in found:
         can = f"compile: {_yes(device.can_compile)}, run: {_yes(device.can_run)}"
-        print(f"{device.kind:7} {can}" + (f"  {device.name}" if device.name else ""))
+        memory = format_bytes(device.memory_bytes) if device.memory_bytes else ""
+        driver = f"driver for {device.driver}" if device.driver else ""
+        about = ", ".join(filter(None, (device.name, memory, driver)))
+        print(f"{device.kind:7} {can}  {about}".rstrip())
         if device.features:
             print(f"        features: {' '.join(device.features)}")
         for missing in device.missing:

@@ -147,7 +147,7 @@ def _compile_target(
 ) -> tuple[Lifted, dict[str, Any]]:
     """Passes and code generation; writes the library."""
     tokens = target.max_tokens_per_step
-    bounds = {"n": tokens, "rows": min(tokens, MAX_LOGIT_ROWS), "seqs": options.max_batch}
+    bounds = {"n": tokens, "rows": min(tokens, max(MAX_LOGIT_ROWS, options.max_batch)), "seqs": options.max_batch}
     pass_options = passes.PassOptions(plan, options.kv, bounds)
     model_passes, lowering = passes.model_pipeline(target, pass_options), passes.lowering_pipeline(target, bounds)
     scheduled: list[IRModule] = []

@@ -1,11 +1,15 @@
 """What this machine can compile for and run; for each "no", what is missing and how to get it."""
 
+import ctypes
 import importlib.util
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mlcgen import nvrtc
+from mlcgen.errors import CompileError
+from mlcgen.runtime import cuda
 from mlcgen.runtime.cpu import host_cpu_name, host_features
 
 __all__ = ["Device", "devices"]
@@ -25,22 +29,27 @@ class Device:
     can_run: bool
     features: list[str] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
+    memory_bytes: int = 0  # of its own; 0: the machine's
+    driver: str = ""  # what the driver supports, in words
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-ABSENT = ("cuda", "rocm", "metal", "vulkan")  # target kinds that users may look for
+ABSENT = ("rocm", "metal", "vulkan")  # target kinds that users may look for
 
 
 def devices() -> list[Device]:
-    """One entry per kind of target, what can be used first."""
-    return [_cpu(), *(_absent(kind) for kind in ABSENT)]
+    """One entry per kind of target."""
+    return [_cpu(), _cuda(), *(_absent(kind) for kind in ABSENT)]
+
+
+# The CPU
 
 
 def _cpu() -> Device:
     to_run = [] if _installed("tvm_ffi") else [Missing("the package apache-tvm-ffi", "pip install apache-tvm-ffi")]
-    to_compile = [] if _installed("tvm") else [Missing("the package apache-tvm", "pip install apache-tvm")]
+    to_compile = _missing_compiler()
     if not _has_linker():
         to_compile.append(Missing("a linker", "pip install 'mlcgen[cross]', or install a C compiler"))
     missing = [*to_run, *to_compile]
@@ -59,8 +68,82 @@ def _has_linker() -> bool:
     return _installed("ziglang") or any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 
 
+# NVIDIA GPUs
+
+OLDEST_GPU = 80  # compute capability times 10: what the kernels' instructions need
+CUDA_VERSION = 13000  # of the machine code, as drivers report theirs
+
+
+@dataclass(frozen=True)
+class _Gpu:
+    name: str
+    arch: str  # sm_90 and the like
+    memory_bytes: int
+    cuda_version: int  # the latest that the driver supports
+
+    @property
+    def driver(self) -> str:
+        return f"CUDA {self.cuda_version // 1000}.{self.cuda_version % 1000 // 10}"
+
+
+def _cuda() -> Device:
+    gpu = _gpu()
+    to_run = _missing_to_run(gpu)
+    to_compile = _missing_compiler()
+    if not _has_nvrtc():
+        to_compile.append(Missing("NVIDIA's compiler NVRTC with its headers", nvrtc.INSTALL))
+    can_compile, missing = not to_compile, [*to_run, *to_compile]
+    if gpu is None:
+        return Device("cuda", "", can_compile, False, [], missing)
+    return Device("cuda", gpu.name, can_compile, not to_run, [gpu.arch], missing, gpu.memory_bytes, gpu.driver)
+
+
+def _missing_to_run(gpu: _Gpu | None) -> list[Missing]:
+    needs_driver = "NVIDIA's driver 580 or later"
+    if gpu is None:
+        reason = cuda.missing() or "the driver does not describe the GPU"
+        return [Missing(f"a GPU that can be used: {reason}", f"install {needs_driver}; pass GPUs on to a container")]
+    missing = []
+    if int(gpu.arch.removeprefix("sm_")) < OLDEST_GPU:
+        missing.append(Missing(f"a GPU of sm_{OLDEST_GPU} or later; this one is {gpu.arch}", "use -t cpu"))
+    if gpu.cuda_version < CUDA_VERSION:
+        missing.append(Missing(f"a driver for CUDA 13; this one is for {gpu.driver}", f"install {needs_driver}"))
+    return missing
+
+
+def _gpu() -> _Gpu | None:
+    """The first GPU, as its driver describes it without being started on it."""
+    arch = cuda.compute_capability()
+    if arch is None:
+        return None
+    driver = ctypes.CDLL("libcuda.so.1")
+    name, memory, version = ctypes.create_string_buffer(256), ctypes.c_size_t(), ctypes.c_int()
+    failed = [
+        driver.cuDeviceGetName(name, len(name), 0),
+        driver.cuDeviceTotalMem_v2(ctypes.byref(memory), 0),
+        driver.cuDriverGetVersion(ctypes.byref(version)),
+    ]
+    return None if any(failed) else _Gpu(name.value.decode(), arch, memory.value, version.value)
+
+
+def _has_nvrtc() -> bool:
+    """Whether it compiles what every kernel includes, which takes hundredths of a second."""
+    try:
+        nvrtc.compile_cuda('#include "primitives.cuh"', "sm_90")
+    except CompileError:
+        return False
+    return True
+
+
+# Others
+
+
 def _absent(kind: str) -> Device:
     return Device(kind, "", False, False, [], [Missing(f"a {kind} target in this version of mlcgen", "use -t cpu")])
+
+
+def _missing_compiler() -> list[Missing]:
+    return [] if _installed("tvm") else [Missing("the package apache-tvm", "pip install apache-tvm")]
 
 
 def _installed(module: str) -> bool:

@@ -11,7 +11,7 @@ plan.json:
   kernels    name -> variants: [{when, launches: [{function, grid, block, shared, args, overlaps}]}]
   steps      [kernel, [tensor, ...], {symbol of the kernel: size}] in order
   output     the tensor of the logits
-  max_tokens_per_step
+  max_tokens_per_step, max_logit_rows
   scratch, counters   bytes
   module     base64 of the machine code
 Sizes are expressions as in runtime/sizes.py.
@@ -51,6 +51,7 @@ def launch_plan(
         "version": VERSION,
         "arch": target.arch,
         "max_tokens_per_step": bounds["n"],
+        "max_logit_rows": bounds["rows"],
         "kernels": {name: [_variant(v) for v in code.variants] for name, code in codes.items()},
         "scratch": max((evaluate(code.scratch, sizes) for code in codes.values()), default=0),
         "counters": max((evaluate(code.counters, sizes) for code in codes.values()), default=0),
@@ -78,8 +79,13 @@ def _source(codes: Any) -> str:
     return "\n".join([*dict.fromkeys(lines), *functions.values(), RUNTIME])
 
 
-# Kernels of the runtime itself: they prepare the weights when an artifact is loaded, and choose tokens.
+# Kernels of the runtime itself: they put the tokens that were chosen for rows of the step before into input_ids,
+# choose tokens, and prepare the weights when an artifact is loaded.
 RUNTIME = """
+extern "C" __global__ void take_tokens(i32* input_ids, const i32* rows, const i32* chosen, int n) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n && rows[i] >= 0) input_ids[i] = chosen[rows[i]];
+}
 extern "C" __global__ void __launch_bounds__(1024)
     argmax_rows_by_parts(const float* logits, Best* parts, u32* counters, i32* ids, float* values, int vocab) {
   argmax_of_parts<1024>(logits, parts, counters, ids, values, vocab);

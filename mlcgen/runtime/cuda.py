@@ -6,6 +6,7 @@ The functions are documented in NVIDIA's CUDA Driver API; names here follow it.
 import contextlib
 import ctypes
 import functools
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ _OVERLAPS = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 _MAP_DTYPES = {"uint32": 2, "float16": 6, "bfloat16": 9}  # CUtensorMapDataType
 _PROMOTE_128_BYTES = 2
+_MAX_MAPS = 8192  # kept for the next step
 
 
 class _Attribute(ctypes.Structure):  # CUlaunchAttribute: an id, padding, and a union of 64 bytes
@@ -105,7 +107,9 @@ class CudaDevice:
         self._check("cuStreamCreate", library.cuStreamCreate(ctypes.byref(self._stream), _NON_BLOCKING))
         self._events = [self._new_event(), self._new_event()]
         self._functions: dict[str, ctypes.c_void_p] = {}
-        self._module = _PTR()
+        self._maps: dict[tuple[Any, ...], Any] = {}
+        self._taken = _Taken(library, self._device, context, self._stream)
+        weakref.finalize(self, self._taken.give_back)
 
     @property
     def name(self) -> str:
@@ -141,17 +145,21 @@ class CudaDevice:
             )
         self._check("cuMemAlloc", status)
         self._check("cuMemsetD8Async", self._cuda.cuMemsetD8Async(address, 0, max(num_bytes, 16), self._stream))
+        self._taken.memory.add(address.value)
         return address.value
 
     def free(self, address: Address) -> None:
+        self._taken.memory.remove(address)
         self._check("cuMemFree", self._cuda.cuMemFree_v2(address))
 
     def pinned(self, num_bytes: int) -> npt.NDArray[np.uint8]:
-        """Host memory that copies to and from the device run beside everything else; kept for good."""
+        """Host memory that copies to and from the device run beside everything else; kept while the device is used."""
         pointer = _PTR()
         self._check("cuMemHostAlloc", self._cuda.cuMemHostAlloc(ctypes.byref(pointer), max(num_bytes, 16), 0))
         assert pointer.value is not None
+        self._taken.pinned.append(pointer)
         raw = (ctypes.c_uint8 * num_bytes).from_address(pointer.value)
+        raw.device = self  # type: ignore[attr-defined]  # whoever holds the array keeps the memory
         return np.ctypeslib.as_array(raw)
 
     def upload(self, to: Address, array: npt.NDArray[Any]) -> None:
@@ -173,11 +181,12 @@ class CudaDevice:
         """Start copying within the device's memory."""
         self._check("cuMemcpyDtoDAsync", self._cuda.cuMemcpyDtoDAsync_v2(to, source, num_bytes, self._stream))
 
-    def mark_copy(self, which: int) -> None:
-        """Remember what has been started so far as copy 0 or 1, for `wait_for_copy`."""
+    def mark(self, which: int) -> None:
+        """Remember what has been started so far as mark 0 or 1, for `wait`."""
         self._check("cuEventRecord", self._cuda.cuEventRecord(self._events[which], self._stream))
 
-    def wait_for_copy(self, which: int) -> None:
+    def wait(self, which: int) -> None:
+        """Until all is done that was started before the mark. Raises DeviceError for what failed in it."""
         self._check("cuEventSynchronize", self._cuda.cuEventSynchronize(self._events[which]))
 
     def _new_event(self) -> ctypes.c_void_p:
@@ -191,11 +200,12 @@ class CudaDevice:
 
     def load(self, module: bytes, names: Sequence[str]) -> None:
         """Load machine code with the functions of these names; each may have all the shared memory that there is."""
-        self._check("cuModuleLoadData", self._cuda.cuModuleLoadData(ctypes.byref(self._module), module))
+        loaded = self._taken.module
+        self._check("cuModuleLoadData", self._cuda.cuModuleLoadData(ctypes.byref(loaded), module))
         most = self._attribute(_SHARED_OPTIN)
         for name in names:
             function, static = _PTR(), _INT()
-            status = self._cuda.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode())
+            status = self._cuda.cuModuleGetFunction(ctypes.byref(function), loaded, name.encode())
             self._check(f"cuModuleGetFunction({name})", status)
             status = self._cuda.cuFuncGetAttribute(ctypes.byref(static), _STATIC_SHARED, function)
             self._check("cuFuncGetAttribute", status)
@@ -213,7 +223,6 @@ class CudaDevice:
         if status:
             self._check(f"launch of {name} with grid {tuple(grid)}, {block} threads, {shared} bytes", status)
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019  (the device lives as long as its process)
     def tensor_map(
         self,
         address: Address,
@@ -225,6 +234,22 @@ class CudaDevice:
     ) -> Any:
         """How the copy engine cuts boxes out of a tensor (CUtensorMap): the innermost dimension first, strides in
         bytes. What lies outside of the tensor reads as zero."""
+        key = (address, dtype, dims, strides, box, swizzle)
+        if key not in self._maps:
+            if len(self._maps) > _MAX_MAPS:  # prompts come in all lengths
+                self._maps.clear()
+            self._maps[key] = self._new_map(*key)
+        return self._maps[key]
+
+    def _new_map(
+        self,
+        address: Address,
+        dtype: str,
+        dims: tuple[int, ...],
+        strides: tuple[int, ...],
+        box: tuple[int, ...],
+        swizzle: int,
+    ) -> Any:
         raw = ctypes.create_string_buffer(192)
         at = (ctypes.addressof(raw) + 63) // 64 * 64
         rank = len(dims)
@@ -274,6 +299,29 @@ class CudaDevice:
             text = ctypes.c_char_p()
             self._cuda.cuGetErrorName(status, ctypes.byref(text))
             raise DeviceError(f"CUDA: {call} failed with {(text.value or b'?').decode()} ({status})")
+
+
+class _Taken:
+    """What a CudaDevice took, to be given back when nobody uses it any more."""
+
+    def __init__(self, library: Any, device: int, context: Any, stream: Any) -> None:
+        self.library, self.device, self.context, self.stream = library, device, context, stream
+        self.memory: set[Address] = set()
+        self.pinned: list[Any] = []
+        self.module = _PTR()
+
+    def give_back(self) -> None:
+        """Errors are of no use to anyone here."""
+        self.library.cuCtxSetCurrent(self.context)
+        self.library.cuStreamSynchronize(self.stream)
+        for address in self.memory:
+            self.library.cuMemFree_v2(address)
+        for pointer in self.pinned:
+            self.library.cuMemFreeHost(pointer)
+        if self.module:
+            self.library.cuModuleUnload(self.module)
+        self.library.cuStreamDestroy_v2(self.stream)
+        self.library.cuDevicePrimaryCtxRelease_v2(self.device)
 
 
 class Graph:

@@ -73,7 +73,7 @@ class DeviceSampler:
         assert len(samplers) <= self._max_rows
         masks = masks or {}
         self._samplers = samplers
-        self._host_rows = [row for row, sampler in enumerate(samplers) if _needs_host(sampler.params)]
+        self._host_rows = [row for row, sampler in enumerate(samplers) if needs_host(sampler.params)]
         assert not any(row in masks for row in self._host_rows), "the host applies no masks"
         if not samplers:
             return
@@ -205,7 +205,8 @@ class _Mirrored:
         self.host = self._device.pinned(num_bytes)
 
 
-def _needs_host(params: SamplingParams) -> bool:
+def needs_host(params: SamplingParams) -> bool:
+    """Whether a row's token is chosen on the host."""
     return params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS
 
 

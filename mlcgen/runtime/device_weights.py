@@ -77,8 +77,8 @@ class _Staging:
         for start in range(0, raw.nbytes, CHUNK):
             part = raw[start : start + CHUNK]
             buffer = self._buffers[self._turn][: part.nbytes]
-            self._device.wait_for_copy(self._turn)
+            self._device.wait(self._turn)
             buffer[:] = part
             self._device.upload(to + start, buffer)
-            self._device.mark_copy(self._turn)
+            self._device.mark(self._turn)
             self._turn = 1 - self._turn

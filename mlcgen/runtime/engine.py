@@ -2,12 +2,13 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from mlcgen.errors import MlcgenError, RequestError
-from mlcgen.runtime.executor import Executor, SamplingExecutor, StepInput
+from mlcgen.runtime.executor import Executor, Int32, SamplingExecutor, StepInput
 from mlcgen.runtime.host_sampling import HostSampling
 from mlcgen.runtime.kv_cache import BlockTable, PagePool
 from mlcgen.runtime.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
@@ -38,6 +39,15 @@ class Request(Sequence):
         self.streams = False
 
 
+@dataclass
+class _Started:
+    """An iteration that the executor works on."""
+
+    batch: list[Request]
+    ready: list[Request]  # those whose next token it samples
+    is_advanced: bool = False  # whether they count as computed and sampled
+
+
 class Engine:
     """Continuous batching over an executor.
 
@@ -64,6 +74,7 @@ class Engine:
         )
         self._requests: dict[str, Request] = {}  # unfinished
         self._changed: list[RequestOutput] = []  # for `step` to return
+        self._started: _Started | None = None  # the iteration under way between two calls of `step`
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, stream: bool = True
@@ -104,36 +115,94 @@ class Engine:
         return len(self._requests)
 
     def step(self) -> list[RequestOutput]:
-        """Run one iteration; returns the outputs that changed since the last one, finished ones included."""
-        batch, outgrown = self.scheduler.schedule()
-        for request in outgrown:
-            self._retire(request, "error", self._outgrown_error(request))
-        if batch:
-            _mark_scheduled(batch)
-            ready = [request for request in batch if request.reaches_end]  # in the order of the logit rows
-            self._sampling.start(self._step_input(batch), [request.sampler for request in ready])
-            sampled = self._sampling.finish()
-            self.scheduler.advance(batch)
-            self._append(ready, sampled)
+        """Run one iteration; returns the outputs that changed since the last one, finished ones included.
+
+        Where the executor allows it, the next iteration is begun first: the device has it before it needs it.
+        """
+        started = None
+        try:
+            started, self._started = self._started or self._start(None), None
+            if started is not None:
+                self._started = self._start(started) if self._can_look_ahead(started) else None
+                self._complete(started)
+            if self._started is not None and not any(map(self._is_alive, self._started.batch)):
+                self._sampling.finish()  # nobody waits for it
+                self._started = None
+        except BaseException:
+            self._recover(started)
+            raise
         changed, self._changed = self._changed, []
         return changed
 
-    def _step_input(self, batch: list[Request]) -> StepInput:
+    def _start(self, before: "_Started | None") -> "_Started | None":
+        """Schedule and begin an iteration, `before` being under way; None if there is nothing to do."""
+        if before is not None:
+            self._advance(before)
+        batch, outgrown = self.scheduler.schedule()
+        for request in outgrown:
+            self._retire(request, "error", self._outgrown_error(request))
+        if not batch:
+            return None
+        _mark_scheduled(batch)
+        ready = [request for request in batch if request.reaches_end]  # in the order of the logit rows
+        rows = {request: row for row, request in enumerate(before.ready)} if before is not None else {}
+        step_input, sampled_rows = self._step_input(batch, rows)
+        self._sampling.start(step_input, [request.sampler for request in ready], sampled_rows)
+        return _Started(batch, ready)
+
+    def _can_look_ahead(self, started: "_Started") -> bool:
+        """Whether the next iteration needs nothing of this one but the tokens that it samples."""
+        return bool(started.ready) and self._sampling.looks_ahead([request.sampler for request in started.ready])
+
+    def _advance(self, started: "_Started") -> None:
+        """Count what a started iteration computes and samples as there."""
+        self.scheduler.advance(started.batch)
+        for request in started.ready:
+            request.num_tokens += 1
+            request.is_ending = request.num_tokens - len(request.output.prompt_token_ids) >= request.max_tokens
+        started.is_advanced = True
+
+    def _complete(self, started: "_Started") -> None:
+        sampled = self._sampling.finish()
+        if not started.is_advanced:
+            self._advance(started)
+        self._append(started.ready, sampled)
+
+    def _recover(self, started: "_Started | None") -> None:
+        """After a failure: nothing is under way, and what counted as computed before it was is computed anew."""
+        if self._started is not None or (started is not None and started.is_advanced):
+            self.scheduler.restart()
+        self._started = None
+        for request in self._requests.values():
+            request.num_tokens, request.is_ending = len(request.tokens), False
+
+    def _is_alive(self, request: Request) -> bool:
+        return self._requests.get(request.output.request_id) is request
+
+    def _step_input(self, batch: list[Request], rows: Mapping[Request, int]) -> tuple[StepInput, Int32 | None]:
+        """The batch, and where its tokens are still being sampled: in which row of the iteration under way."""
         # Lists: a dozen operations on arrays of a few tokens take several times as long.
         input_ids: list[int] = []
+        sampled_rows: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         logit_rows: list[int] = []
         query_start = [0]
         for request in batch:
             span = range(request.num_computed, request.num_computed + request.num_scheduled)
-            input_ids += request.tokens[span.start : span.stop]
+            known = request.tokens[span.start : span.stop]
+            input_ids += known
+            if rows:
+                sampled_rows += [-1] * len(known)
+                if len(known) < len(span):  # one is not known yet
+                    input_ids.append(0)
+                    sampled_rows.append(rows[request])
             positions += span
             slots += request.table.slots(span, self.executor.page_size)
             query_start.append(len(positions))
             if request.reaches_end:
                 logit_rows.append(len(positions) - 1)
-        return StepInput(
+        batch_input = StepInput(
             input_ids=np.array(input_ids, np.int32),
             positions=np.array(positions, np.int32),
             slot_mapping=np.array(slots, np.int32),
@@ -142,12 +211,15 @@ class Engine:
             query_start=np.array(query_start, np.int32),
             logit_rows=np.array(logit_rows, np.int32),
         )
+        return batch_input, np.array(sampled_rows, np.int32) if rows else None
 
     def _append(self, requests: list[Request], sampled: Sampled) -> None:
-        """One token for each request."""
+        """One token for each request that is still there."""
         now = time.monotonic()
         columns = zip(requests, sampled.tokens, sampled.maxima, sampled.logprobs, strict=True)
         for request, token, maximum, logprobs in columns:
+            if not self._is_alive(request):
+                continue
             if math.isfinite(maximum):
                 self._append_token(request, token, logprobs, now)
             else:
@@ -158,7 +230,6 @@ class Engine:
         if completion.logprobs is not None and logprobs is not None:
             completion.logprobs.append(logprobs)
         request.tokens.append(token)
-        request.num_tokens += 1
         completion.token_ids.append(token)
         if len(completion.token_ids) == 1:
             request.output.metrics.first_token = now

@@ -44,10 +44,17 @@ class Executor(Protocol):
 class SamplingExecutor(Executor, Protocol):
     """An executor that chooses tokens where it computes the logits."""
 
-    def start(self, batch: StepInput, samplers: "Sequence[Sampler]") -> None:
-        """Begin a step and the choice of a token for each of its logit rows; one step may be under way."""
+    def looks_ahead(self, samplers: "Sequence[Sampler]") -> bool:
+        """Whether a step may be begun while one with these samplers is under way, as its tokens are all it needs."""
+        ...
+
+    def start(self, batch: StepInput, samplers: "Sequence[Sampler]", sampled_rows: Int32 | None = None) -> None:
+        """Begin a step and the choice of a token for each of its logit rows; at most two steps are under way.
+
+        sampled_rows (tokens,): for a token that the step before is sampling, the index of its logit row there, else -1.
+        """
         ...
 
     def finish(self) -> "Sampled":
-        """Wait for the step that was begun; its samplers have recorded their tokens."""
+        """Wait for the step that was begun first; its samplers have recorded their tokens."""
         ...

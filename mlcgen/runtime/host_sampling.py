@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from mlcgen.runtime.executor import Executor, StepInput
+from mlcgen.runtime.executor import Executor, Int32, StepInput
 from mlcgen.runtime.sampler import Sampled, Sampler
 
 __all__ = ["HostSampling"]
@@ -16,8 +16,13 @@ class HostSampling:
         self._executor = executor
         self._batch: tuple[StepInput, Sequence[Sampler]] | None = None
 
-    def start(self, batch: StepInput, samplers: Sequence[Sampler]) -> None:
+    def looks_ahead(self, samplers: Sequence[Sampler]) -> bool:
+        """See SamplingExecutor.looks_ahead."""
+        return False
+
+    def start(self, batch: StepInput, samplers: Sequence[Sampler], sampled_rows: Int32 | None = None) -> None:
         """See SamplingExecutor.start."""
+        assert sampled_rows is None
         self._batch = batch, samplers
 
     def finish(self) -> Sampled:

@@ -80,11 +80,11 @@ def _plan_executor(
 ) -> Executor:
     from mlcgen.runtime import device_sampler, device_weights
     from mlcgen.runtime.cuda import CudaDevice
-    from mlcgen.runtime.plan_executor import PlanExecutor, function_names
+    from mlcgen.runtime.plan_executor import TAKE_TOKENS, PlanExecutor, function_names
 
     plan = json.loads(plan_file.read_text())
     device = CudaDevice()
-    names = [*function_names(plan), *device_weights.FUNCTIONS, *device_sampler.FUNCTIONS]
+    names = [*function_names(plan), *device_weights.FUNCTIONS, *device_sampler.FUNCTIONS, TAKE_TOKENS]
     device.load(base64.b64decode(plan["module"]), names)
     if weights is None:
         addresses = device_weights.make_random_weights(device, plan["weights"])

@@ -3,7 +3,8 @@
 import base64
 import binascii
 import json
-from collections.abc import Callable, Iterator, Mapping
+import reprlib
+from collections.abc import Iterator, Mapping
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,8 @@ INPUTS: Mapping[str, list[Size]] = {
     "query_start": [["+", "seqs", 1]],
     "logit_rows": ["rows"],
 }
-_SMALLEST_STEP = {"rows": 1, "seqs": 1, "blocks": 1, "num_pages": 1, "is_decode": 1, "longest": 1}
+_SMALLEST_STEP = {"seqs": 1, "blocks": 1, "num_pages": 1, "is_decode": 1, "longest": 1}
 
-_Check = Callable[[Any], bool]
 _BYTES, _INDEX, _COUNT = range(1 << 48), range(1 << 31), range(1, 1 << 31)
 _DTYPES = tuple(ITEM_BYTES)
 
@@ -46,6 +46,28 @@ def read_plan(file: Path) -> dict[str, Any]:
         advice = "" if "compile the model again" in str(error) else "; compile the model again"
         raise ArtifactError(f"cannot read the launch plan {file}: {str(error)[:400]}{advice}") from error
     return plan
+
+
+def check_fit(plan: Mapping[str, Any], manifest: Mapping[str, Any], weights: Mapping[str, Any] | None) -> None:
+    """Raises ArtifactError where a plan is not this artifact's: of other pages, logits, weights or fewer sequences, so
+    that a step would write past its memory. weights: arrays by name; None where the device makes them."""
+    kv, pages, output = manifest["kv"], plan["pages"], plan["tensors"][plan["output"]]
+    dtype = "uint16" if kv["dtype"] == "bfloat16" else kv["dtype"]
+    shape = [2, kv["num_kv_heads"], kv["page_size"], kv["head_dim"]]
+    parts = {
+        "pages": (pages["layers"], pages["shape"], pages["dtype"]) == (kv["num_layers"], shape, dtype),
+        "logits": (output["shape"], output["dtype"]) == (["rows", manifest["model"]["vocab_size"]], "float32"),
+        "weights": list(plan["weights"]) == manifest["entry"]["weights"],
+        "largest steps": manifest["max_batch"] <= min(plan["max_tokens_per_step"], plan["max_logit_rows"]),
+    }
+    for part, fits in parts.items():
+        if not fits:
+            raise ArtifactError(f"the launch plan's {part} do not fit the manifest; compile the model again")
+    for name, array in (weights or {}).items():
+        spec = plan["weights"].get(name, {"shape": list(array.shape), "dtype": str(array.dtype)})
+        if (list(array.shape), str(array.dtype)) != (spec["shape"], spec["dtype"]):
+            found = f"{array.dtype} {list(array.shape)}, the launch plan has {spec['dtype']} {spec['shape']}"
+            raise ArtifactError(f"the tensor {name[:80]!r} is {found}; compile the model again")
 
 
 def function_names(plan: Mapping[str, Any]) -> list[str]:
@@ -116,13 +138,15 @@ def _first(problems: Iterator[str | None]) -> str | None:
 
 
 def _kind(value: Any, key: int | str) -> str:
-    found = value.get(key) if isinstance(value, dict) else value[:1] if isinstance(value, list) else None
-    found = found[0] if isinstance(found, list) and found else found
+    try:
+        found = value[key]
+    except (LookupError, TypeError):
+        return ""
     return found if isinstance(found, str) else ""
 
 
 def _shown(value: Any) -> str:
-    return f"{value!r:.60}" if isinstance(value, str | float | bool) else f"{value}" if _is_small(value) else "missing"
+    return "missing" if value is None else reprlib.repr(value)[:60]  # `repr` itself fails on deep lists
 
 
 def _is_small(value: Any) -> bool:
@@ -187,10 +211,11 @@ _TENSORS = {
 _SCHEMA: dict[str, Any] = {
     "arch": str,
     "max_tokens_per_step": _COUNT,
+    "max_logit_rows": _COUNT,
     "symbols": _Named(_Items(tuple(INPUTS), range(2))),
-    "inputs": _Named({"shape": [_SIZE], "dtype": ("int32",)}),
+    "inputs": {name: {"shape": [_SIZE], "dtype": ("int32",)} for name in INPUTS},
     "weights": _Named({"shape": [_COUNT], "dtype": ("float32", "float16", "uint16", "uint8"), "is_tiled": bool}),
-    "pages": {"layers": _INDEX, "shape": _Items(*[_COUNT] * 4), "dtype": ("float32", "float16", "uint16")},
+    "pages": {"layers": range(1, 1 << 16), "shape": _Items(*[_COUNT] * 4), "dtype": ("float32", "float16", "uint16")},
     "storages": [_BYTES],
     "constants": [{"dtype": _DTYPES, "data": _BASE64}],
     "tensors": [_Kinds("kind", _TENSORS)],
@@ -205,15 +230,17 @@ _SCHEMA: dict[str, Any] = {
 
 def _contradictions(plan: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong between the parts of a plan that fits the schema. Raises ArtifactError for sizes that have none."""
-    largest = {**_SMALLEST_STEP, "n": plan["max_tokens_per_step"], **_bounds(plan)}
+    # Intermediate results depend on no other symbols.
+    largest = {**_SMALLEST_STEP, "n": plan["max_tokens_per_step"], "rows": plan["max_logit_rows"]}
     for name, spec in plan["inputs"].items():
         if spec["shape"] != INPUTS.get(name):
             yield f"inputs.{name[:80]} is of a shape that no step has"
     for name, spec in plan["weights"].items():
         if spec["is_tiled"] and (len(spec["shape"]) != 3 or spec["shape"][2] != 16 or spec["dtype"] not in TILED):
             yield f"weights.{name[:80]} is not of a shape that has tiles"
+    for name, spec in [*plan["weights"].items(), ("pages", plan["pages"])]:
         if prod(spec["shape"]) not in _BYTES:
-            yield f"weights.{name[:80]} is larger than any memory"
+            yield f"{name[:80]} is larger than any memory"
     for i, tensor in enumerate(plan["tensors"]):
         if problem := _tensor_problem(plan, tensor, largest):
             yield f"tensors[{i}] {problem}"
@@ -224,19 +251,12 @@ def _contradictions(plan: Mapping[str, Any]) -> Iterator[str]:
         if problem := kernel.problem:
             yield f"kernels.{name[:80]} {problem}"
     for i, (name, tensors, own) in enumerate(plan["steps"]):
-        problem = (
-            kernels[name].step_problem(tensors, own, largest) if name in kernels else "calls no kernel of the plan"
-        )
-        if problem or not all(tensor < len(plan["tensors"]) for tensor in tensors):
-            yield f"steps[{i}] {problem or 'names a tensor that there is not'}"
-
-
-def _bounds(plan: Mapping[str, Any]) -> dict[str, int]:
-    """The largest values of symbols that memory was planned for, where the plan has them."""
-    found = plan.get("bounds", {})
-    if problem := _mismatch(found, _Named(_COUNT), "bounds"):
-        raise ArtifactError(problem)
-    return dict(found)
+        if name not in kernels:
+            yield f"steps[{i}] calls {name[:80]!r}, which is no kernel of the plan"
+        elif not all(tensor < len(plan["tensors"]) for tensor in tensors):
+            yield f"steps[{i}] names a tensor that there is not"
+        elif problem := kernels[name].step_problem(tensors, own, largest):
+            yield f"steps[{i}] {problem}"
 
 
 def _tensor_problem(plan: Mapping[str, Any], tensor: Mapping[str, Any], largest: Mapping[str, int]) -> str | None:

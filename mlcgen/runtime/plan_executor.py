@@ -6,39 +6,54 @@ then on a step is one copy into pinned memory and one launch. Other steps start 
 
 import base64
 import ctypes
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mlcgen.errors import RequestError
 from mlcgen.runtime.cuda import Address, CudaDevice, Graph
-from mlcgen.runtime.device_sampler import DeviceSampler
+from mlcgen.runtime.device_sampler import DeviceSampler, needs_host
 from mlcgen.runtime.executor import Float32, Int32, StepInput
 from mlcgen.runtime.sampler import Sampled, Sampler
 from mlcgen.runtime.sizes import evaluate
 
 ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "uint8": 1}
+INPUT_ALIGNMENT = 256  # bytes
+TAKE_TOKENS = "take_tokens"
+_SAMPLED_ROWS = "sampled_rows"  # beside the plan's own inputs
 _ARGUMENTS = {"int32": ctypes.c_int32, "int64": ctypes.c_int64}
+
+
+class _Inputs:
+    """Where a step's inputs are: pinned memory on the host, and as much on the device."""
+
+    def __init__(self, device: CudaDevice, num_bytes: int) -> None:
+        self.staging = device.pinned(num_bytes)
+        self.address = device.allocate(num_bytes, "inputs of a step")
 
 
 @dataclass
 class _Step:
-    """One size of step: where its inputs are, on the host and on the device, and its symbols."""
+    """One size of step: its inputs by name, in memory of their own or that steps of any size share, and its symbols."""
 
-    host: dict[str, npt.NDArray[np.int32]]  # views of `staging`
-    staging: npt.NDArray[np.uint8]  # pinned
-    inputs: Address
+    inputs: _Inputs
+    num_bytes: int
+    host: dict[str, Int32]  # views of the pinned memory
     offsets: dict[str, int]
     symbols: dict[str, int]
+    turn: int
     graph: Graph | None = None
 
 
 class PlanExecutor:
-    """One device. Call it from the thread that made it."""
+    """One device. Call it from the thread that made it.
+
+    Steps take turns with two sets of inputs, samplers and marks, so that one can be prepared while one is under way.
+    """
 
     def __init__(
         self,
@@ -48,7 +63,7 @@ class PlanExecutor:
         weights: Mapping[str, Address],
         num_pages: int,
     ) -> None:
-        self._device, self._plan = device, plan
+        self.device, self._plan = device, plan
         self.num_pages, self.page_size = num_pages, int(manifest["kv"]["page_size"])
         self.vocab_size = int(manifest["model"]["vocab_size"])
         self.max_batch = int(manifest["max_batch"])
@@ -61,108 +76,139 @@ class PlanExecutor:
         self._counters = device.allocate(plan["counters"], "kernels' counters")
         self._constants = [self._upload_constant(constant) for constant in plan["constants"]]
         self._weights = weights
-        self._steps: dict[tuple[int, ...], _Step] = {}
+        self._max_logit_rows = int(plan["max_logit_rows"])
         self._logits = _PinnedRows(device, self.vocab_size)
-        self._sampler = DeviceSampler(device, self.vocab_size, self.max_batch)
+        self._samplers = [DeviceSampler(device, self.vocab_size, self.max_batch) for _ in range(2)]
+        self._decode_steps: dict[tuple[int, ...], _Step] = {}
+        self._inputs = [_Inputs(device, self._largest_inputs(manifest)) for _ in range(2)]  # of steps of any size
+        self._turn = 0
+        self._started: deque[int] = deque()  # turns under way
         device.synchronize()
 
     def step(self, batch: StepInput) -> Float32:
         """See Executor.step."""
-        address = self._start(batch)
+        step = self._launched(batch, None)
         logits = self._logits.rows(len(batch.logit_rows))
-        self._device.download(logits, address)
-        self._device.synchronize()
+        self.device.download(logits, self._tensor_address(step, self._plan["output"]))
+        self.device.synchronize()
         return logits
 
-    def start(self, batch: StepInput, samplers: Sequence[Sampler]) -> None:
+    def looks_ahead(self, samplers: Sequence[Sampler]) -> bool:
+        """See SamplingExecutor.looks_ahead."""
+        return not any(sampler.has_history or needs_host(sampler.params) for sampler in samplers)
+
+    def start(self, batch: StepInput, samplers: Sequence[Sampler], sampled_rows: Int32 | None = None) -> None:
         """See SamplingExecutor.start."""
-        self._sampler.start(self._start(batch), samplers)
+        step = self._launched(batch, sampled_rows)
+        self._samplers[step.turn].start(self._tensor_address(step, self._plan["output"]), samplers)
+        self.device.mark(step.turn)
+        self._started.append(step.turn)
 
     def finish(self) -> Sampled:
         """See SamplingExecutor.finish."""
-        self._device.synchronize()
-        return self._sampler.finish()
+        turn = self._started.popleft()
+        self.device.wait(turn)
+        return self._samplers[turn].finish()
 
-    def _start(self, batch: StepInput) -> Address:
-        """Start a step; returns where its logits will be."""
+    def _launched(self, batch: StepInput, sampled_rows: Int32 | None) -> _Step:
         if len(batch.input_ids) > self.max_tokens_per_step:
             raise RequestError(f"{len(batch.input_ids)} tokens in one step, {self.max_tokens_per_step} were compiled")
+        if len(batch.logit_rows) > self._max_logit_rows:
+            raise RequestError(f"{len(batch.logit_rows)} rows of logits, {self._max_logit_rows} were compiled")
+        step = self.prepared(batch, sampled_rows)
+        if step.graph is not None:
+            self.device.launch_graph(step.graph)
+        else:
+            self.run(step)
+        return step
+
+    def prepared(self, batch: StepInput, sampled_rows: Int32 | None = None) -> _Step:
+        """The step of the batch's size, with the batch in its inputs; where all sequences decode, recorded."""
+        self._turn = 1 - self._turn
         is_decode = len(batch.input_ids) == len(batch.seq_lens) == len(batch.logit_rows)
         step = self._decode_step(batch) if is_decode else self._other_step(batch)
-        if step.graph is not None:
-            self._device.launch_graph(step.graph)
-        else:
-            self._run(step)
-        return self._tensor_address(step, self._plan["output"])
+        self._fill(step, batch, sampled_rows)
+        if is_decode and step.graph is None:
+            self.run(step)  # before recording: what a first launch sets up is not part of a graph
+            with self.device.capture() as graph:
+                self.run(step)
+            step.graph = graph
+        return step
 
     def _decode_step(self, batch: StepInput) -> _Step:
-        count, blocks = len(batch.seq_lens), batch.block_table.shape[1]
-        size = min(_power_of_two(count), self.max_batch)
-        key = (size, _power_of_two(blocks))
-        step = self._steps.get(key)
-        if step is None:
-            symbols = {"n": size, "rows": size, "seqs": size, "blocks": key[1], "num_pages": self.num_pages}
-            step = self._new_step(symbols | {"is_decode": 1, "longest": key[1] * self.page_size})
-            self._steps[key] = step
-            self._fill(step, batch, count)
-            self._run(step)  # before recording: what a first launch sets up is not part of a graph
-            with self._device.capture() as graph:
-                self._run(step)
-            step.graph = graph
-        self._fill(step, batch, count)
-        return step
+        """Of a number of sequences and a width of their block tables that are powers of two."""
+        size = min(_power_of_two(len(batch.seq_lens)), self.max_batch)
+        blocks = _power_of_two(batch.block_table.shape[1])
+        key = (self._turn, size, blocks)
+        if key not in self._decode_steps:
+            symbols = {"n": size, "rows": size, "seqs": size, "blocks": blocks, "num_pages": self.num_pages}
+            self._decode_steps[key] = self._new_step(symbols | {"is_decode": 1, "longest": blocks * self.page_size})
+        return self._decode_steps[key]
 
     def _other_step(self, batch: StepInput) -> _Step:
         n, seqs = len(batch.input_ids), len(batch.seq_lens)
         rows, blocks = max(len(batch.logit_rows), 1), batch.block_table.shape[1]
-        key = (n, seqs, rows, blocks)
-        self._steps = {k: s for k, s in self._steps.items() if len(k) == 2 or k == key}
-        step = self._steps.get(key)
-        if step is None:
-            symbols = {"n": n, "rows": rows, "seqs": seqs, "blocks": blocks, "num_pages": self.num_pages}
-            longest = _power_of_two(int(batch.seq_lens.max(initial=1)))
-            step = self._new_step(symbols | {"is_decode": 0, "longest": longest})
-            self._steps[key] = step
-        self._fill(step, batch, seqs)
-        return step
+        symbols = {"n": n, "rows": rows, "seqs": seqs, "blocks": blocks, "num_pages": self.num_pages}
+        longest = _power_of_two(int(batch.seq_lens.max(initial=1)))
+        return self._new_step(symbols | {"is_decode": 0, "longest": longest}, self._inputs[self._turn])
 
-    def _new_step(self, symbols: dict[str, int]) -> _Step:
-        shapes = {
-            name: tuple(evaluate(size, symbols) for size in spec["shape"])
-            for name, spec in self._plan["inputs"].items()
-        }
+    def _new_step(self, symbols: dict[str, int], inputs: _Inputs | None = None) -> _Step:
+        """A step with `inputs`, or with some of its own."""
+        shapes, offsets, num_bytes = self._input_layout(symbols)
+        inputs = inputs or _Inputs(self.device, num_bytes)
+        words = inputs.staging.view(np.int32)
+        host = {name: words[offsets[name] // 4 :][: prod(shape)].reshape(shape) for name, shape in shapes.items()}
+        return _Step(inputs, num_bytes, host, offsets, symbols, self._turn)
+
+    def _input_layout(self, symbols: Mapping[str, int]) -> tuple[dict[str, tuple[int, ...]], dict[str, int], int]:
+        """Shapes of the inputs by name, where they begin, and their bytes together."""
+        shapes: dict[str, tuple[int, ...]] = {_SAMPLED_ROWS: (symbols["n"],)}
+        for name, spec in self._plan["inputs"].items():
+            shapes[name] = tuple(evaluate(size, symbols) for size in spec["shape"])
         offsets, end = {}, 0
         for name, shape in shapes.items():
             offsets[name] = end
-            end += -(-prod(shape) * 4 // 256) * 256
-        staging = self._device.pinned(end)
-        host = {
-            name: staging[offsets[name] :].view(np.int32)[: prod(shape)].reshape(shape)
-            for name, shape in shapes.items()
-        }
-        return _Step(host, staging, self._device.allocate(end, "inputs of a step"), offsets, symbols)
+            end += -(-prod(shape) * 4 // INPUT_ALIGNMENT) * INPUT_ALIGNMENT
+        return shapes, offsets, end
 
-    def _fill(self, step: _Step, batch: StepInput, count: int) -> None:
+    def _largest_inputs(self, manifest: Mapping[str, Any]) -> int:
+        tokens = self.max_tokens_per_step
+        blocks = -(-int(manifest["context_length"]) // self.page_size) + 1
+        sizes = {"n": tokens, "rows": self._max_logit_rows, "seqs": min(tokens, max(self.max_batch, 1))}
+        return self._input_layout(sizes | {"blocks": blocks})[2]
+
+    def _fill(self, step: _Step, batch: StepInput, sampled_rows: Int32 | None) -> None:
         """The batch's arrays into pinned memory; what is rounded up becomes sequences of no token."""
-        host = step.host
         for name, padding in _PADDING.items():
-            if name not in host:
+            if name not in step.host:
                 continue
-            array: Int32 = getattr(batch, name)
-            held = host[name]
-            if array.ndim == 2:
+            array = sampled_rows if name == _SAMPLED_ROWS else getattr(batch, name)
+            held = step.host[name]
+            if array is None:
+                held[:] = padding or 0
+            elif array.ndim == 2:
                 held[: array.shape[0], : array.shape[1]] = array
-                continue
-            held[: len(array)] = array
-            if len(array) < len(held):
-                held[len(array) :] = array[-1] if padding is None and len(array) else padding or 0
+            else:
+                held[: len(array)] = array
+                if len(array) < len(held):
+                    held[len(array) :] = array[-1] if padding is None else padding
 
-    def _run(self, step: _Step) -> None:
-        self._device.upload(step.inputs, step.staging)
+    def run(self, step: _Step) -> None:
+        """Start a step's copies and kernels one by one."""
+        self.device.upload(step.inputs.address, step.inputs.staging[: step.num_bytes])
+        self._take_sampled_tokens(step)
         for name, tensors, own in self._plan["steps"]:
             symbols = step.symbols | {symbol: evaluate(size, step.symbols) for symbol, size in own.items()}
             for launch in self._launches(name, symbols):
                 self._launch(launch, tensors, step, symbols)
+
+    def _take_sampled_tokens(self, step: _Step) -> None:
+        """Tokens that the step before chose into the inputs, from where they are on the device."""
+        n = step.symbols["n"]
+        ids, rows = (step.inputs.address + step.offsets[name] for name in ("input_ids", _SAMPLED_ROWS))
+        addresses = (ids, rows, self._samplers[1 - step.turn].token_ids)
+        args = [*map(ctypes.c_uint64, addresses), ctypes.c_int32(n)]
+        self.device.launch(TAKE_TOKENS, (-(-n // 256), 1, 1), 256, 0, args)
 
     def _launches(self, kernel: str, symbols: Mapping[str, int]) -> Sequence[Mapping[str, Any]]:
         for variant in self._plan["kernels"][kernel]:
@@ -175,7 +221,7 @@ class PlanExecutor:
         args = [self._argument(arg, tensors, step, symbols) for arg in launch["args"]]
         grid = [evaluate(size, symbols) for size in launch["grid"]]
         shared = evaluate(launch["shared"], symbols)
-        self._device.launch(launch["function"], grid, launch["block"], shared, args, launch["overlaps"])
+        self.device.launch(launch["function"], grid, launch["block"], shared, args, launch["overlaps"])
 
     def _argument(self, arg: Sequence[Any], tensors: Sequence[int], step: _Step, symbols: dict[str, int]) -> Any:
         kind, value = arg
@@ -186,7 +232,7 @@ class PlanExecutor:
         if kind == "map":
             address = self._address(value["of"], tensors, step, symbols)
             dims = tuple(evaluate(size, symbols) for size in value["dims"])
-            return self._device.tensor_map(
+            return self.device.tensor_map(
                 address, value["dtype"], dims, tuple(value["strides"]), tuple(value["box"]), value["swizzle"]
             )
         return ctypes.c_uint64(self._address(arg, tensors, step, symbols))
@@ -205,16 +251,16 @@ class PlanExecutor:
         if kind == "storage":
             return self._storages[tensor["storage"]] + int(tensor["offset"])
         if kind == "input":
-            return step.inputs + step.offsets[tensor["name"]]
+            return step.inputs.address + step.offsets[tensor["name"]]
         if kind == "weights":
             return self._weights[tensor["name"]]
         return self._pages[tensor["layer"]] if kind == "pages" else self._constants[tensor["constant"]]
 
     def _upload_constant(self, constant: Mapping[str, str]) -> Address:
         data = np.frombuffer(base64.b64decode(constant["data"]), np.uint8)
-        address = self._device.allocate(data.nbytes, "constants")
-        self._device.upload(address, data)
-        self._device.synchronize()
+        address = self.device.allocate(data.nbytes, "constants")
+        self.device.upload(address, data)
+        self.device.synchronize()
         return address
 
 
@@ -227,6 +273,7 @@ _PADDING: dict[str, int | None] = {
     "seq_lens": 0,
     "query_start": None,
     "logit_rows": 0,
+    _SAMPLED_ROWS: -1,
 }
 
 

@@ -209,6 +209,11 @@ class Sampler:
         return ids, weights
 
     @property
+    def has_history(self) -> bool:
+        """Whether the choice of a token depends on those before it, besides through the logits."""
+        return bool(self._seen or self.params.min_tokens)
+
+    @property
     def bias(self) -> tuple[Int64, Float32]:
         """Token ids and what is added to their logits."""
         return (self._bias.ids, self._bias.values) if self._bias else (np.zeros(0, np.int64), np.zeros(0, np.float32))

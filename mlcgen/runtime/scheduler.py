@@ -21,6 +21,7 @@ class Sequence:
         self.num_computed = 0  # tokens in the KV cache
         self.num_scheduled = 0  # tokens of this step
         self.num_preemptions = 0
+        self.is_ending = False  # the token that is being sampled is its last
         self.table = BlockTable()
 
     @property
@@ -85,6 +86,11 @@ class Scheduler(Generic[S]):
         for sequence in batch:
             sequence.num_computed += sequence.num_scheduled
 
+    def restart(self) -> None:
+        """Have everything that runs computed anew: what is in the cache cannot be relied on."""
+        while self.running:
+            self._preempt_last()
+
     @property
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
@@ -101,7 +107,7 @@ class Scheduler(Generic[S]):
         budget, index = self.max_tokens_per_step, 0
         while budget and index < len(self.running):
             sequence = self.running[index]
-            if sequence.num_uncomputed > 1:
+            if sequence.num_uncomputed > 1 or sequence.is_ending:
                 index += 1
             elif self._reserve_next(sequence, failed):
                 sequence.num_scheduled = 1

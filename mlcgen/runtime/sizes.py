@@ -40,6 +40,5 @@ def evaluate(size: Size, symbols: Mapping[str, int], depth: int = MAX_DEPTH) -> 
         operator, left, right = size
         return OPERATORS[operator](evaluate(left, symbols, depth - 1), evaluate(right, symbols, depth - 1))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ArtifactError(
-            f"the size {reprlib.repr(size)[:80]} cannot be computed; compile the model again"
-        ) from error
+        text = reprlib.repr(size)[:80]  # `repr` itself fails on deep lists
+        raise ArtifactError(f"the size {text} cannot be computed; compile the model again") from error

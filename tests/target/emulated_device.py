@@ -24,13 +24,16 @@ class EmulatedDevice:
         self._recording: list[Any] | None = None
         self._includes = ""
         self._texts: dict[str, str] = {}
+        self._constants: dict[str, list[bool]] = {}  # parameters that are only read
         self._kernels: dict[str, EmulatedKernel] = {}
 
     def load(self, module: bytes, names: Sequence[str]) -> None:
         self._includes, *definitions = module.decode().split(DEFINITION)
         for text in definitions:
             head = re.sub(r"__launch_bounds__\([^)]*\)", "", text)
-            self._texts[head.split("(")[0].split()[-1]] = DEFINITION + text
+            name, params = head.split("(")[0].split()[-1], head.split("(", 1)[1].split(")")[0].split(",")
+            self._texts[name] = DEFINITION + text
+            self._constants[name] = ["const" in param for param in params]
         assert set(names) <= set(self._texts)
 
     def allocate(self, num_bytes: int, purpose: str) -> int:
@@ -53,15 +56,15 @@ class EmulatedDevice:
         self._do(lambda: to.reshape(-1).view(np.uint8).__setitem__(slice(None), self._at(source)[: to.nbytes]))
 
     def synchronize(self) -> None: ...
-    def mark_copy(self, which: int) -> None: ...
-    def wait_for_copy(self, which: int) -> None: ...
+    def mark(self, which: int) -> None: ...
+    def wait(self, which: int) -> None: ...
 
     def launch(
         self, name: str, grid: Sequence[int], block: int, shared: int, args: Sequence[Any], overlaps: bool = False
     ) -> None:
         if name not in self._kernels:
             self._kernels[name] = compile_kernel(self._includes + self._texts[name], name)
-        values = [self._value(arg) for arg in args]
+        values = [self._value(arg, const) for arg, const in zip(args, self._constants[name], strict=True)]
         self._do(lambda: (self.launched.append(name), self._kernels[name](tuple(grid), block, values, shared)))
 
     @contextlib.contextmanager
@@ -81,9 +84,13 @@ class EmulatedDevice:
         else:
             self._recording.append(action)
 
-    def _value(self, arg: Any) -> Any:
+    def _value(self, arg: Any, is_constant: bool) -> Any:
         if isinstance(arg, ctypes.c_uint64):
-            return self._at(arg.value) if arg.value else None
+            if not arg.value:
+                return None
+            array = self._at(arg.value)
+            array.flags.writeable = not is_constant  # what is not written must not be copied back over its neighbours
+            return array
         return {ctypes.c_int32: np.int32, ctypes.c_int64: np.int64, ctypes.c_float: np.float32}[type(arg)](arg.value)
 
     def _at(self, address: int) -> np.ndarray:

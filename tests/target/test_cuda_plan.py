@@ -3,6 +3,7 @@
 import base64
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ import pytest
 import mlcgen
 from mlcgen import artifact, launch_plan
 from mlcgen.runtime import device_weights
+from mlcgen.runtime.engine import Engine
 from mlcgen.runtime.executor import Executor, StepInput
 from mlcgen.runtime.load import load_executor
 from mlcgen.runtime.plan_executor import PlanExecutor, function_names
+from mlcgen.runtime.sampler import SamplingParams
 
 from .emulate_cuda import needs_compiler
 from .emulated_device import EmulatedDevice
@@ -96,3 +99,44 @@ def test_plan_gives_the_logits_of_the_cpu(tmp_path: Path, monkeypatch: pytest.Mo
         assert error < (2e-2 if quantization == "bf16" else 3e-3), (before, counts, error)
     assert any("attention_decode" in name for name in device.launched)
     assert any("attention_prefill" in name for name in device.launched)
+
+
+def generate(executor: Executor, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
+    engine = Engine(executor, None, [2], context_length=128, max_batch=8)
+    outputs = [
+        engine.add_request(str(i), prompt, its) for i, (prompt, its) in enumerate(zip(prompts, params, strict=True))
+    ]
+    while engine.has_unfinished:
+        engine.step()
+    assert not [output.error for output in outputs if output.error]
+    assert engine.pool.num_free == engine.pool.num_pages
+    return [list(output.token_ids) for output in outputs]
+
+
+class OneAtATime:
+    """The same executor, without a step begun before the one under way has ended."""
+
+    def __init__(self, executor: PlanExecutor) -> None:
+        self._executor = executor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._executor, name)
+
+    def looks_ahead(self, samplers: object) -> bool:
+        return False
+
+
+def test_looking_ahead_gives_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of different lengths, ending by length and by token, more than the pages hold at once."""
+    executor, device = emulated(compiled(tmp_path, monkeypatch, "f16"))
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(3, 300, length).tolist() for length in (3, 17, 9, 1, 30)]
+    params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=count % 2 == 0) for count in (4, 9, 1, 12, 6)]
+    params[1] = SamplingParams(temperature=0.9, seed=3, max_tokens=9, stop_token_ids=list(range(3, 90)))
+    params[3] = SamplingParams(temperature=1.2, top_k=20, seed=5, max_tokens=12, ignore_eos=True)
+    tokens = generate(executor, prompts, params)
+    assert [len(t) for t in tokens[2:]] == [1, 12, 6]
+    assert generate(OneAtATime(executor), prompts, params) == tokens  # type: ignore[arg-type]
+    with_history = [SamplingParams(temperature=0, max_tokens=4, presence_penalty=0.5), *params[1:]]
+    assert len(generate(executor, prompts, with_history)[0]) <= 4
+    assert "take_tokens" in device.launched

@@ -410,7 +410,7 @@ def test_greedy_requests_copy_no_logits() -> None:
 def loaded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Engine]]:
     engines: list[Engine] = []
 
-    def load(path: Path, target: str, num_pages: int | None, max_batch: int | None, num_threads: int | None) -> Engine:
+    def load(path: Path, target: str, num_pages: int | None, max_batch: int | None, *options: object) -> Engine:
         if path == Path("broken"):
             raise MlcgenError("no such artifact")
         engines.append(make_engine(tokenizer, num_pages=num_pages or 64, max_batch=max_batch or 8))

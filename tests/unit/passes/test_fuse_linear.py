@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tvm import relax
@@ -6,6 +8,8 @@ from mlcgen.formats import BF16, F16, F32, Q4, Q8, grouped
 from mlcgen.passes.fuse_linear import LINEAR, fuse_linear
 from mlcgen.passes.packing import dequantize
 from mlcgen.passes.quantize import FORMAT
+from mlcgen.passes.rewrite import bindings, is_op
+from mlcgen.targets import resolve
 from mlcgen.targets.base import Linear
 
 ROWS, COLUMNS = 20, 64
@@ -175,3 +179,96 @@ def test_same_rows(tools, rng, fmt):
     before = lookup(tools, fmt)
     plain, fused = (tools.run(mod, ids, *parts) for mod in (before, fuse(tools, before, fmt)))
     np.testing.assert_allclose(fused, plain, rtol=1e-4, atol=1e-5)
+
+
+# A target whose products end with the gate, where others begin with it.
+
+
+@pytest.fixture
+def cuda(tools):
+    return replace(tools, target=resolve("cuda:sm_80"))
+
+
+def gated(tools, width, bias=False, others=False):
+    """(silu(gate) * up) W^T, gate and up (n, width) being one product's halves; others: the gate is the result too."""
+
+    def body(builder, x, up, down, *biases):
+        both = tools.linear(builder, x, decode(builder, Q8, up, n=2 * width), *biases)
+        split = builder.emit(relax.op.split(both, 2, 1))
+        gate, value = (builder.emit(relax.TupleGetItem(split, i)) for i in range(2))
+        hidden = builder.emit(relax.op.multiply(builder.emit(relax.op.nn.silu(gate)), value))
+        out = tools.linear(builder, hidden, decode(builder, F16, [down], n=width, k=width))
+        return relax.op.multiply(out, gate) if others else out
+
+    up, scale = (tools.var(name, *shape, dtype=dtype) for name, shape, dtype in Q8.parts(2 * width, COLUMNS))
+    down = tools.var("down", *F16.parts(width, width)[0][1], dtype="float16")
+    biases = [tools.var("bias", 2 * width)] if bias else []
+
+    def of_parts(builder, x, up, scale, down, *biases):
+        return body(builder, x, [up, scale], down, *biases)
+
+    return tools.forward([rows(tools), up, scale, down, *biases], of_parts)
+
+
+def kernel_args(mod, name):
+    """Names of the parameters of the kernel, and of what `forward` gives it."""
+    call = next(v for v in bindings(mod).values() if is_op(v, "relax.call_tir") and v.args[0].name_hint == name)
+    return [p.name for p in mod[name].params], [arg.name for arg in call.args[1].fields]
+
+
+FUSED = {"q8": Q8, "f16": F16}
+
+
+@pytest.mark.parametrize("width", [16, 48])
+def test_the_gate_ends_the_product_before(cuda, width):
+    after = fuse_linear(gated(cuda, width), FUSED, cuda.target)
+    assert cuda.ops(after) == ["linear_q8_swiglu", "linear_f16"]
+    assert next(iter(bindings(after).values())).ty.shape[1] == width
+    spec = Linear(Q8, 2 * width, COLUMNS, gates_result=True)
+    expected = cuda.target.kernels.linear(spec).with_attr(LINEAR, "q8").without_attr("global_symbol")
+    cuda.same(after["linear_q8_swiglu"], expected)
+
+
+def test_the_gate_begins_the_product_after_on_a_cpu(tools):
+    assert tools.ops(fuse_linear(gated(tools, 16), FUSED, tools.target)) == ["linear_q8", "linear_f16_gated"]
+
+
+@pytest.mark.parametrize("width", [8, 20, 40])
+def test_gates_that_do_not_fill_blocks_of_rows_stay(cuda, width):
+    plain = ["linear_q8", "split", "nn.silu", "multiply", "linear_f16"]
+    assert cuda.ops(fuse_linear(gated(cuda, width), FUSED, cuda.target)) == plain
+
+
+def test_a_bias_comes_before_the_gate(cuda):
+    """It is as wide as the product, twice the gate's width."""
+    after = fuse_linear(gated(cuda, 16, bias=True), FUSED, cuda.target)
+    assert cuda.ops(after) == ["linear_q8_swiglu", "linear_f16"]
+    given = kernel_args(after, "linear_q8_swiglu")
+    assert given == (["x", "w", "scale", "bias", "out"], ["x", "w", "scale", "bias"])
+    param = after["linear_q8_swiglu"].params[3]
+    assert [int(size) for size in param.ty.shape] == [32]
+
+
+def test_a_gate_that_others_read_too(cuda):
+    """Then the product is computed for them once more, without the gate."""
+    after = fuse_linear(gated(cuda, 16, others=True), FUSED, cuda.target)
+    assert cuda.ops(after) == ["linear_q8", "split", "linear_q8_swiglu", "linear_f16", "multiply"]
+
+
+def test_norm_gate_and_residual_of_a_device(cuda):
+    def body(builder, x, norm, up, down):
+        normed = builder.emit(relax.op.nn.rms_norm(x, norm, [-1], 1e-5))
+        both = cuda.linear(builder, normed, decode(builder, F16, [up], n=64))
+        split = builder.emit(relax.op.split(both, 2, 1))
+        gate, value = (builder.emit(relax.TupleGetItem(split, i)) for i in range(2))
+        hidden = builder.emit(relax.op.multiply(builder.emit(relax.op.nn.silu(gate)), value))
+        return relax.op.add(cuda.linear(builder, hidden, decode(builder, F16, [down], n=COLUMNS, k=32)), x)
+
+    matrices = [
+        cuda.var(name, *F16.parts(n, k)[0][1], dtype="float16")
+        for name, n, k in (("up", 64, COLUMNS), ("down", COLUMNS, 32))
+    ]
+    after = fuse_linear(cuda.forward([rows(cuda), cuda.var("norm", COLUMNS), *matrices], body), FUSED, cuda.target)
+    assert cuda.ops(after) == ["linear_f16_norm_swiglu", "linear_f16_residual"]
+    assert kernel_args(after, "linear_f16_norm_swiglu") == (["x", "norm", "w", "out"], ["x", "norm", "up"])
+    assert kernel_args(after, "linear_f16_residual")[1][-1] == "x"

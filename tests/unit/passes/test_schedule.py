@@ -4,9 +4,12 @@ import tvm
 from tvm import IRModule, relax, te
 from tvm.script import tirx as T  # noqa: N812
 
-from mlcgen.formats import F32
+from mlcgen.errors import CompileError
+from mlcgen.formats import F16, F32
 from mlcgen.passes.schedule import HOW, describe, schedule
+from mlcgen.runtime.sizes import evaluate
 from mlcgen.targets import resolve
+from mlcgen.targets.cuda_codegen import generate
 
 
 @T.prim_func(s_tir=True, private=True)
@@ -108,3 +111,128 @@ def test_same_result(tools, rng):
     second = 2 * x + 1
     wanted = second / (1 + np.exp(-second)) / np.exp(2 * x).sum(1, keepdims=True)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+# A device of many threads.
+
+
+@T.prim_func(s_tir=True, private=True)
+def doubled_by_threads(a: T.Buffer((8, 32), "float32"), out: T.Buffer((8, 32), "float32")):
+    T.func_attr({"mlcgen.how": "rule: elementwise"})
+    for block in T.thread_binding(1, thread="blockIdx.x"):
+        for thread in T.thread_binding(256, thread="threadIdx.x"):
+            with T.sblock("out"):
+                vi = T.axis.spatial(8, (block * 256 + thread) // 32)
+                vj = T.axis.spatial(32, (block * 256 + thread) % 32)
+                out[vi, vj] = a[vi, vj] * T.float32(2)
+
+
+@T.prim_func(s_tir=True, private=True)
+def summed_by_threads(a: T.Buffer((8, 32), "float32"), out: T.Buffer((8,), "float32")):
+    T.func_attr({"mlcgen.how": "rule: elementwise"})
+    for block in T.thread_binding(1, thread="blockIdx.x"):
+        for thread in T.thread_binding(256, thread="threadIdx.x"):
+            for k in range(32):
+                with T.sblock("out"):
+                    vi = T.axis.spatial(8, block * 256 + thread)
+                    vk = T.axis.reduce(32, k)
+                    T.where(block * 256 + thread < 8)
+                    with T.init():
+                        out[vi] = T.float32(0)
+                    out[vi] = out[vi] + a[vi, vk]
+
+
+@T.prim_func(s_tir=True, private=True)
+def summed_by_columns(a: T.Buffer((8, 32), "float32"), out: T.Buffer((32,), "float32")):
+    """The reduction is the outer loop."""
+    for k, j in T.grid(8, 32):
+        with T.sblock("out"):
+            vk, vj = T.axis.remap("RS", [k, j])
+            with T.init():
+                out[vj] = T.float32(0)
+            out[vj] = out[vj] + a[vk, vj]
+
+
+@pytest.fixture
+def device():
+    return resolve("cuda:sm_80")
+
+
+def scheduled_te(tools, device, body, *params):
+    mod = tools.forward(params, body)
+    pipeline = [relax.transform.LegalizeOps(), relax.transform.AnnotateTIROpPattern()]
+    for apply in (*pipeline, relax.transform.FuseOps(), relax.transform.FuseTIR()):
+        mod = apply(mod)
+    return schedule(mod, device)
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [(doubled, doubled_by_threads), (summed, summed_by_threads)],
+    ids=["elementwise", "a reduction inside"],
+)
+def test_a_thread_for_each_element(device, before, expected):
+    tvm.ir.assert_structural_equal(schedule(IRModule({"kernel": before}), device), IRModule({"kernel": expected}))
+
+
+@pytest.mark.parametrize("kernel", [total, summed_by_columns], ids=["one result", "a reduction outside"])
+def test_what_no_device_rule_takes_is_reported(device, kernel):
+    found = schedule(IRModule({"kernel": kernel}), device)
+    tvm.ir.assert_structural_equal(found, IRModule({"kernel": kernel.with_attr(HOW, "fallback: serial")}))
+    assert describe(found) == {"kernel": "fallback: serial"}
+    with pytest.raises(CompileError, match=r"kernel .*not scheduled for a GPU; compile for -t cpu"):
+        generate({"kernel": found["kernel"]}, device.tvm)
+
+
+def test_blocks_in_a_chain_are_one(tools, device):
+    """exp(x) * 2 + 1 of n rows: n * 48 elements in blocks of 256."""
+
+    def body(builder, x):
+        doubled = builder.emit(relax.op.multiply(builder.emit(relax.op.exp(x)), relax.const(2.0)))
+        return relax.op.add(doubled, relax.const(1.0))
+
+    found = scheduled_te(tools, device, body, tools.var("x", tools.n, 48))
+    (name,) = describe(found)
+    assert describe(found) == {name: "rule: elementwise"}
+    code = generate({name: found[name]}, device.tvm)[name]
+    (variant,) = code.variants
+    (launch,) = variant.launches
+    assert launch.block == device.block_threads == 256
+    for n in (1, 5, 6, 100):
+        assert [evaluate(size, {"n": n}) for size in launch.grid] == [-(-n * 48 // 256), 1, 1]
+    assert not launch.overlaps  # it does not wait for the kernel before it
+    text = code.functions[launch.function]
+    assert "blockIdx.x" in text
+    assert "n * " in text  # elements of the last block that there are not are left out
+
+
+def test_a_reduction_after_elementwise_blocks(tools, device):
+    """sum(x * x) of each row: one thread a row, what it adds computed on the way."""
+    found = scheduled_te(
+        tools, device, lambda b, x: relax.op.sum(b.emit(relax.op.multiply(x, x)), axis=[1]), tools.var("x", tools.n, 48)
+    )
+    (name,) = describe(found)
+    assert describe(found) == {name: "rule: elementwise"}
+    (variant,) = generate({name: found[name]}, device.tvm)[name].variants
+    (launch,) = variant.launches
+    for n in (1, 256, 257):
+        assert [evaluate(size, {"n": n}) for size in launch.grid] == [-(-n // 256), 1, 1]
+
+
+def test_two_blocks_that_stay_two_are_a_fallback(tools, device):
+    """Each element minus its row's largest: no thread may begin before the rows' sums are complete."""
+
+    def centered(a):
+        k = te.reduce_axis((0, 48), "k")
+        largest = te.compute((a.shape[0],), lambda i: te.max(a[i, k], axis=k), name="largest")
+        return te.compute(a.shape, lambda i, j: a[i, j] - largest[i], name="centered")
+
+    found = scheduled_te(tools, device, lambda b, x: b.emit_te(centered, x), tools.var("x", tools.n, 48))
+    assert set(describe(found).values()) == {"fallback: serial"}
+
+
+def test_kernels_of_the_device_stay(device):
+    kernels = {"embedding": device.kernels.embedding(F16, 40, 32).without_attr("global_symbol")}
+    found = schedule(IRModule(kernels), device)
+    tvm.ir.assert_structural_equal(found, IRModule(kernels))
+    assert describe(found) == {"embedding": "kernel: targets/cuda_kernels/lookup.py"}
