@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import importlib.util
+import inspect
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,7 @@ def replace_loader(monkeypatch: pytest.MonkeyPatch, libraries: dict[str, ctypes.
         return libraries[name]
 
     monkeypatch.setattr(cuda, "ctypes", SimpleNamespace(**{**vars(ctypes), "CDLL": load}))
+    monkeypatch.setattr(cuda, "_driver", functools.cache(inspect.unwrap(cuda._driver)))
 
 
 @functools.cache

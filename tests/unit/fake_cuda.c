@@ -4,6 +4,7 @@
 // "Device memory" is host memory with a table of what was allocated. Streams are queues: what is put into one is done
 // when somebody waits for it, no earlier, so that a missing wait shows. Kernels are done by a hook. An "image" is text,
 // one word per function: name, or name(8,8,4) with its parameters' sizes, or name(8)+1024 with its static shared memory.
+// The image "*" has every function.
 
 #include <stdarg.h>
 #include <stddef.h>
@@ -597,7 +598,7 @@ int cuModuleGetFunction(Object **function, Object *module, const char *name) {
   REQUIRE(is_live(MODULE, module), INVALID_HANDLE);
   size_t length = strlen(name);
   const char *at = module->base;
-  for (;; at++) {
+  for (; strcmp(at, "*"); at++) {
     at = strstr(at, name);
     REQUIRE(at && length, NOT_FOUND);
     if ((at == module->base || at[-1] == ' ') && strchr("(+ ", at[length])) break;  // strchr finds the end, too
@@ -607,7 +608,7 @@ int cuModuleGetFunction(Object **function, Object *module, const char *name) {
   found->base = strdup(name);
   found->bytes = length;
   found->num_params = -1;
-  char *rest = (char *)at + length;
+  char *rest = (char *)at + (strcmp(at, "*") ? length : 1);
   if (*rest == '(') {
     for (found->num_params = 0, rest++; *rest != ')';) {
       found->size[found->num_params++] = (int)strtol(rest, &rest, 10);

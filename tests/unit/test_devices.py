@@ -1,5 +1,7 @@
 import ctypes
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -33,8 +35,12 @@ def with_gpu(
         buffer.value = b"NVIDIA H100 80GB HBM3"
         return int(has_failed)
 
-    def set_value(value: int) -> object:
-        return lambda pointer, *ordinal: setattr(pointer._obj, "value", value) or 0
+    def set_value(value: int) -> Callable[..., int]:
+        def call(pointer: Any, *ordinal: int) -> int:
+            pointer._obj.value = value
+            return 0
+
+        return call
 
     driver = SimpleNamespace(
         cuDeviceGetName=set_name,

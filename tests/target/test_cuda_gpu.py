@@ -1,0 +1,155 @@
+"""The CUDA target on a real GPU, against the CPU target and NumPy; skipped, with the reason, where there is none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mlcgen
+from mlcgen import SamplingParams, nvrtc
+from mlcgen.runtime import cuda
+from mlcgen.runtime.engine import Engine
+from mlcgen.runtime.executor import Executor, StepInput
+from mlcgen.runtime.load import load_executor
+
+REASON = cuda.missing() or (None if nvrtc.find_library() else "NVRTC is not installed: pip install 'mlcgen[cuda]'")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 1000,
+    "hidden_size": 512,
+    "intermediate_size": 896,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+MAX_BATCH = 128
+
+
+def both(path: Path, num_pages: int) -> tuple[Executor, Executor]:
+    """(the GPU's executor, the CPU's) of one artifact."""
+    return load_executor(path, "cuda", num_pages).executor, load_executor(path, "cpu", num_pages).executor
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def compile_once(quantization: str, page_size: int = 16, **config: Any) -> Path:
+        key = (quantization, page_size, *sorted(config.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("model")
+            (folder / "config.json").write_text(json.dumps(CONFIG | config))
+            made[key] = mlcgen.compile(
+                folder,
+                ["cpu", "cuda"],
+                quantization,
+                folder / "out",
+                page_size=page_size,
+                max_batch=MAX_BATCH,
+                kv_dtype="float16",
+                random_weights=True,
+            )
+        return made[key]
+
+    return compile_once
+
+
+def step_input(before: list[int], counts: list[int], tables: np.ndarray, page_size: int) -> StepInput:
+    """Sequence s has before[s] tokens and adds counts[s]; the token at position p is a function of s and p."""
+    positions = np.concatenate([np.arange(b, b + c) for b, c in zip(before, counts, strict=True)])
+    owner = np.repeat(np.arange(len(counts)), counts)
+    slots = tables[owner, positions // page_size] * page_size + positions % page_size
+    start = np.cumsum([0, *counts])
+    ids = (owner * 37 + positions * 11) % CONFIG["vocab_size"]
+    arrays = [ids, positions, slots, tables, np.add(before, counts), start, start[1:] - 1]
+    return StepInput(*(array.astype(np.int32) for array in arrays))
+
+
+def assert_same(found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error < tolerance, error
+
+
+@pytest.mark.parametrize("quantization", ["f16", "bf16", "q8", "q4"])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 16, 17, 40, 64, 65, 128, 129, 200, 256, 300, 512])
+def test_products_of_any_number_of_tokens(compiled: Any, quantization: str, tokens: int) -> None:
+    gpu, cpu = both(compiled(quantization), num_pages=40)
+    batch = step_input([0], [tokens], np.arange(40)[::-1][None], 16)
+    assert_same(gpu.step(batch), cpu.step(batch), 2e-2 if quantization == "bf16" else 5e-3)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("context", [1, 15, 16, 17, 511, 4096, 32768])
+def test_contexts(compiled: Any, page_size: int, context: int) -> None:
+    """A prompt in chunks, then a decoded token: its logits against those of the CPU."""
+    pages = -(-context // page_size)
+    gpu, cpu = both(compiled("f16", page_size), num_pages=pages)
+    tables = np.random.default_rng(context).permutation(pages)[None]
+    for done in range(0, context - 1, 512):
+        chunk = step_input([done], [min(512, context - 1 - done)], tables, page_size)
+        found, expected = gpu.step(chunk), cpu.step(chunk)
+    last = step_input([context - 1], [1], tables, page_size)
+    found, expected = gpu.step(last), cpu.step(last)
+    assert_same(found, expected, 5e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 17, 64, 128])
+def test_batches_of_ragged_sequences(compiled: Any, batch: int) -> None:
+    gpu, cpu = both(compiled("q4"), num_pages=batch * 5)
+    rng = np.random.default_rng(batch)
+    tables = rng.permutation(batch * 5).reshape(batch, 5)
+    lengths = rng.integers(1, 70, batch).tolist()
+    for start in range(0, batch, 7):  # prompts of a few sequences at a time
+        part = slice(start, min(start + 7, batch))
+        chunk = step_input([0] * len(lengths[part]), lengths[part], tables[part], 16)
+        assert_same(gpu.step(chunk), cpu.step(chunk), 5e-3)
+    for _ in range(3):
+        decode = step_input(lengths, [1] * batch, tables, 16)
+        assert_same(gpu.step(decode), cpu.step(decode), 5e-3)
+        lengths = [length + 1 for length in lengths]
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 256])
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_head_sizes_and_groups(compiled: Any, head_dim: int, kv_heads: int) -> None:
+    gpu, cpu = both(compiled("f16", head_dim=head_dim, num_key_value_heads=kv_heads), num_pages=12)
+    tables = np.arange(12).reshape(2, 6)
+    for before, counts in (([0, 0], [33, 60]), ([33, 60], [1, 1]), ([34, 61], [1, 20])):
+        batch = step_input(before, counts, tables, 16)
+        assert_same(gpu.step(batch), cpu.step(batch), 5e-3)
+
+
+def test_tokens_are_those_of_the_cpu(compiled: Any) -> None:
+    """Greedy and with every sampling parameter; looking ahead, in batches, with more sequences than pages."""
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(3, 1000, int(length)).tolist() for length in rng.integers(1, 60, 20)]
+    params = [
+        SamplingParams(temperature=0, max_tokens=20, ignore_eos=True),
+        SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=20, ignore_eos=True),
+        SamplingParams(temperature=1.0, top_k=30, min_p=0.02, seed=2, max_tokens=20, ignore_eos=True),
+        SamplingParams(temperature=0.7, seed=3, max_tokens=20, repetition_penalty=1.3, logit_bias={5: 3.0}),
+        SamplingParams(temperature=0, max_tokens=20, min_tokens=5, logprobs=3),
+    ]
+    tokens = [_generate(executor, prompts, params) for executor in both(compiled("f16"), num_pages=60)]
+    same = sum(a == b for a, b in zip(*tokens, strict=True))
+    assert same >= 17, tokens  # of 20: near ties may go either way
+
+
+def _generate(executor: Executor, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
+    engine = Engine(executor, None, [2], context_length=1024, max_batch=MAX_BATCH)
+    outputs = [engine.add_request(str(i), p, params[i % len(params)]) for i, p in enumerate(prompts)]
+    while engine.has_unfinished:
+        engine.step()
+    assert not [output.error for output in outputs if output.error]
+    return [list(output.token_ids) for output in outputs]
