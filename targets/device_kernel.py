@@ -63,6 +63,7 @@ class Launch:
     args: tuple[list[Any], ...]
     shared: Size = 0  # bytes of dynamic shared memory
     overlaps: bool = True  # waits itself for the kernel before, so it may start while that one ends
+    is_shared_heavy: bool = False  # wants all of a multiprocessor's memory as shared memory, to run beside the next
 
 
 @dataclass(frozen=True)

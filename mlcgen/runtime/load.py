@@ -80,12 +80,12 @@ def _plan_executor(
 ) -> Executor:
     from mlcgen.runtime import device_sampler, device_weights
     from mlcgen.runtime.cuda import CudaDevice
-    from mlcgen.runtime.plan_executor import TAKE_TOKENS, PlanExecutor, function_names
+    from mlcgen.runtime.plan_executor import TAKE_TOKENS, PlanExecutor, function_names, shared_heavy_functions
 
     plan = json.loads(plan_file.read_text())
     device = CudaDevice()
     names = [*function_names(plan), *device_weights.FUNCTIONS, *device_sampler.FUNCTIONS, TAKE_TOKENS]
-    device.load(base64.b64decode(plan["module"]), names)
+    device.load(base64.b64decode(plan["module"]), names, shared_heavy_functions(plan))
     if weights is None:
         addresses = device_weights.make_random_weights(device, plan["weights"])
     else:

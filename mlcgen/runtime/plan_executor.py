@@ -7,7 +7,7 @@ then on a step is one copy into pinned memory and one launch. Other steps start 
 import base64
 import ctypes
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -297,5 +297,13 @@ def _power_of_two(value: int) -> int:
 
 def function_names(plan: Mapping[str, Any]) -> list[str]:
     """Each function that the plan launches."""
-    launches = (launch for kernel in plan["kernels"].values() for variant in kernel for launch in variant["launches"])
-    return sorted({str(launch["function"]) for launch in launches})
+    return sorted({str(launch["function"]) for launch in _all_launches(plan)})
+
+
+def shared_heavy_functions(plan: Mapping[str, Any]) -> set[str]:
+    """Those that want all of a multiprocessor's memory as shared memory."""
+    return {str(launch["function"]) for launch in _all_launches(plan) if launch["is_shared_heavy"]}
+
+
+def _all_launches(plan: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    return (launch for kernel in plan["kernels"].values() for variant in kernel for launch in variant["launches"])

@@ -25,8 +25,20 @@ from .code import C_TYPES, HALVES, cpp, definition, operand_type
 
 THREADS = 256  # of the kernels before
 STAGED_TOKENS = 4  # up to here each block keeps, and normalizes, the tokens itself; more are normalized once, before
+LINEAR_ARGS = ("norm", "w", "scale", "minimum", "bias", "residual", "out")
+LINEAR_PARAMS = [
+    *("const void* x", "const float* norm", "const void* w", "const void* scale", "const void* minimum"),
+    *("const float* bias", "const float* residual", "void* out", "int n"),
+]
 FEW_TOKENS = 16  # up to here the weights stream; beyond, Hopper has a better kernel
 SUM_BYTES = 32 * 4  # of a warp for each token (and one between): floats of 32 rows
+
+
+# Products of few tokens whose weights wait in shared memory (linear_bulk.cuh): by bits, (warps, columns of a segment,
+# segments of a warp). On no GPU yet: its last version has run under the emulator only, the one before it on an H100.
+BULK_ARCHS: tuple[str, ...] = ()
+BULK = {4: (8, 256, 2), 8: (8, 128, 2)}
+MULTIPROCESSORS = 132  # of an H100
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ class _Linear:
             variants += self._decoded_gemm(functions, dtypes, before)
         else:
             variants.append(Variant(1, (*before, self._stream(functions, dtypes, STREAMED[fmt.bits][-1], False))))
-        includes = ["linear_stream.cuh", "norm.cuh", "stored.cuh", *(["gemm_wgmma.cuh"] if has_wgmma else [])]
+        includes = ["linear_bulk.cuh", "norm.cuh", "stored.cuh", *(["gemm_wgmma.cuh"] if has_wgmma else [])]
         scratch_bytes = ["+", self._token_bytes if before else 0, self._decoded_bytes if has_wgmma else 0]
         return Code(tuple(includes), functions, tuple(variants), scratch_bytes)
 
@@ -108,7 +120,10 @@ class _Linear:
         """Kernels that are bound by reading the weights."""
         bits, variants = self.spec.fmt.bits, []
         if self.spec.norm_eps is not None or dtypes[0] == self.operand:
-            launch = self._stream(functions, dtypes, STAGED[bits], is_staged=True)
+            if self.arch in BULK_ARCHS and bits in BULK:
+                launch = self._bulk(functions, dtypes, *BULK[bits])
+            else:
+                launch = self._stream(functions, dtypes, STAGED[bits], is_staged=True)
             variants.append(Variant(["<=", "n", STAGED_TOKENS], (launch,)))
         for shape in STREAMED[bits]:
             if 8 * shape.tiles <= FEW_TOKENS or self.arch != "sm_90":
@@ -208,19 +223,37 @@ class _Linear:
         weights = _weights_type(fmt, n, k, spec.gates_result)
         sizes = f"{n}, {k}, {shape.tiles}, {shape.warps}, {shape.ahead}, {shape.prefetch}"
         template = f"StreamSpec<{weights}, {C_TYPES[dtypes[-1]]}, {sizes}, {', '.join(map(cpp, flags.values()))}>"
-        params = ["const void* x", "const float* norm", "const void* w", "const void* scale", "const void* minimum"]
-        params += ["const float* bias", "const float* residual", "void* out", "int n"]
         fields = f"{{x, norm, w, scale, minimum, bias, residual, out, n, {spec.norm_eps or 0.0!r}f}}"
         threads = 32 * shape.warps
-        functions[name] = definition(name, params, f"linear_stream<{template}>({fields});", threads, shape.blocks)
+        body = f"linear_stream<{template}>({fields});"
+        functions[name] = definition(name, LINEAR_PARAMS, body, threads, shape.blocks)
         shared: Size = SUM_BYTES * shape.warps * ((STAGED_TOKENS if is_staged else 8 * shape.tiles) + 1)
         if is_staged:
             shared = ["+", shared, times("n", k * 2 + (64 if k * 2 % 128 == 0 else 0))]
         row_blocks = n // 32 if spec.gates_result else -(-n // 32)
         grid = (row_blocks, 1 if is_staged else ceildiv("n", 8 * shape.tiles), 1)
         x = scratch() if not is_staged and self._is_copied(dtypes) else tensor(0)
-        args = [x, *(self._arg(p) for p in ("norm", "w", "scale", "minimum", "bias", "residual", "out")), int32("n")]
+        args = [x, *(self._arg(p) for p in LINEAR_ARGS), int32("n")]
         return Launch(name, grid, threads, tuple(args), shared)
+
+    def _bulk(self, functions: dict[str, str], dtypes: Sequence[str], warps: int, segment: int, stages: int) -> Launch:
+        """The same with bulk copies into shared memory, for at most STAGED_TOKENS tokens."""
+        spec, fmt = self.spec, self.spec.fmt
+        n, k, has_norm = spec.out_features, spec.in_features, spec.norm_eps is not None
+        flags = (*(["norm"] if has_norm else []), *(["gated"] if spec.gates_result else []))
+        name = "_".join(["linear_bulk", fmt.name, f"{n}x{k}", *flags, dtypes[-1]])
+        sizes = f"{n}, {k}, {warps}, {segment}, {stages}, {cpp(has_norm)}, {cpp(spec.gates_result)}, false"
+        template = f"BulkSpec<{_weights_type(fmt, n, k, spec.gates_result)}, {C_TYPES[dtypes[-1]]}, {sizes}>"
+        fields = f"{{x, norm, w, scale, minimum, bias, residual, out, n, {spec.norm_eps or 0.0!r}f}}"
+        functions[name] = definition(name, LINEAR_PARAMS, f"linear_bulk<{template}>({fields});", 32 * warps, 2)
+        parts = 2 if fmt.has_minimum else 1
+        stage = 2 * (segment * fmt.bits * 2 + segment // fmt.group * 32 * parts)
+        tokens = times("n", k * 2 + (64 if k * 2 % 128 == 0 else 0))
+        shared: Size = ["+", warps * (stages * stage + 1280), tokens]
+        row_blocks = n // 32 if spec.gates_result else -(-n // 32)
+        grid = (min(row_blocks, MULTIPROCESSORS), 1, 1)
+        args = [tensor(0), *(self._arg(p) for p in LINEAR_ARGS), int32("n")]
+        return Launch(name, grid, 32 * warps, tuple(args), shared, is_shared_heavy=True)
 
     def _arg(self, name: str) -> list[object]:
         return tensor(self.params.index(name)) if name in self.params else null()

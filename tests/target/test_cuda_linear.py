@@ -1,5 +1,6 @@
 """linear of the CUDA target under the emulator, against NumPy: every format, few and many tokens, odd sizes."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,8 @@ from .emulate_cuda import needs_compiler
 from .reference import random_weight, rms_norm, silu_mul
 
 pytestmark = needs_compiler
+
+linear_module = sys.modules["mlcgen.targets.cuda_kernels.linear"]  # the package has a function of this name
 
 EPS = 1e-5
 FORMATS = [F16, BF16, Q8, Q4, grouped(4, 32, has_minimum=True), grouped(8, 16), grouped(8, 32, has_minimum=True)]
@@ -88,3 +91,10 @@ def test_float32_tokens_are_rounded_by_a_kernel_before() -> None:
 def test_float32_weights_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="-q f16"):
         linear(Linear(F32, 16, 16), "sm_80")
+
+
+@pytest.mark.parametrize("fmt", [Q4, Q8, grouped(4, 32, has_minimum=True)], ids=lambda fmt: fmt.name)
+def test_bulk_copies(fmt: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "BULK_ARCHS", ("sm_80",))
+    check(Linear(fmt, 96, 800, norm_eps=EPS, gates_result=True), (1, 3))
+    check(Linear(fmt, 80, 320, has_residual=True), (4,))

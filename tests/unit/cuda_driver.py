@@ -75,7 +75,7 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> FakeDriver:
     for name in ("ARCH", "MEMORY", "DEVICES"):
         monkeypatch.delenv(f"FAKE_CUDA_{name}", raising=False)
     # A copy has its own state, also for devices of a failed test that go later.
-    path = shutil.copy(_library(), folder / "libcuda.so.1")
+    path = str(shutil.copy(_library(), folder / "libcuda.so.1"))
     replace_loader(monkeypatch, {"libcuda.so.1": ctypes.CDLL(path)})
     return FakeDriver(ctypes.CDLL(path), monkeypatch)
 
