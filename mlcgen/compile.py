@@ -17,7 +17,7 @@ from mlcgen import artifact, passes, report, weights
 from mlcgen.checkpoint import Checkpoint, open_checkpoint
 from mlcgen.errors import CompileError, UnsupportedError
 from mlcgen.formats import QUANTIZATIONS, resolve_kv_dtype
-from mlcgen.launch_plan import launch_plan
+from mlcgen.launch_plan import launch_plan, variants
 from mlcgen.link import link_library
 from mlcgen.models import parse_config
 from mlcgen.models.config import DecoderConfig
@@ -114,10 +114,13 @@ def _build(
     lifted: Lifted | None = None
     reports, entries = {}, []
     for target in targets:
+        _check_target(target, config, options, plan)
+    for target in targets:
         one, lines = _compile_target(mod, plan, options, target, staging, progress, observe)
         assert lifted is None or lifted.weights == one.weights, "targets must store the same weights"
         lifted = one
-        reports[target.name] = {**lines, "fallbacks": [*target.fallbacks, *fallbacks, *lines["fallbacks"]]}
+        its_fallbacks = [*target.fallbacks, *fallbacks, *_activation_fallback(target, plan), *lines["fallbacks"]]
+        reports[target.name] = {**lines, "fallbacks": its_fallbacks}
         entries.append(_target_entry(target, staging))
     assert lifted is not None
     if not _are_made_on_device(options, targets):
@@ -129,6 +132,27 @@ def _build(
     artifact.write_json(staging / artifact.REPORT, reports)
     manifest = _manifest(checkpoint, config, options, lifted, entries, staging)
     artifact.write_json(staging / artifact.MANIFEST, manifest)
+
+
+def _check_target(target: Target, config: DecoderConfig, options: Options, plan: Mapping[str, WeightSource]) -> None:
+    """Raises UnsupportedError for what the target's kernels do not take, before any work is done."""
+    if options.kv.dtype not in target.kv_dtypes:
+        have = " or ".join(target.kv_dtypes)
+        raise UnsupportedError(f"{target.name} keeps no keys and values in {options.kv.dtype}: add --kv-dtype {have}")
+    if target.head_dims and config.head_dim not in target.head_dims:
+        have = ", ".join(map(str, target.head_dims))
+        raise UnsupportedError(f"{target.name} has attention for heads of {have}, not of {config.head_dim}")
+    wide = next((name for name, source in plan.items() if source.fmt.dtype == "float32"), None)
+    if wide is not None and not target.has_float32_weights:
+        raise UnsupportedError(
+            f"{target.name} multiplies no float32 matrix, such as {wide}: use -q f16, bf16, q8 or q4"
+        )
+
+
+def _activation_fallback(target: Target, plan: Mapping[str, WeightSource]) -> list[str]:
+    if target.has_int8_activations or not any(source.fmt.int8_activations for source in plan.values()):
+        return []
+    return [f"{target.kind} has no products of 8-bit activations; they keep 16 bits"]
 
 
 def _are_made_on_device(options: Options, targets: Sequence[Target]) -> bool:
@@ -168,6 +192,8 @@ def _compile_target(
     file = staging / artifact.library_file(target.name, target.executor)
     if target.executor == "plan":
         made, kernels["functions"] = launch_plan(lowered, target, lifted.weights, bounds)
+        for line in kernels["kernels"]:
+            line["variants"] = variants(made, line["name"])
         file.parent.mkdir(parents=True, exist_ok=True)
         artifact.write_json(file, made)
         observe("generate code", lowered)

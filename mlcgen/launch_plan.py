@@ -8,7 +8,8 @@ plan.json:
   storages   bytes of each block of memory, for the largest step
   constants  base64 of each constant, with its dtype
   tensors    where each intermediate lies: {kind: storage | input | weights | pages | constant, ...}
-  kernels    name -> variants: [{when, launches: [{function, grid, block, shared, args, overlaps}]}]
+  kernels    name -> variants: [{when, launches: [{function, grid, block, shared, args, overlaps,
+             is_shared_heavy}]}]
   steps      [kernel, [tensor, ...], {symbol of the kernel: size}] in order
   output     the tensor of the logits
   max_tokens_per_step, max_logit_rows
@@ -52,12 +53,17 @@ def launch_plan(
         "arch": target.arch,
         "max_tokens_per_step": bounds["n"],
         "max_logit_rows": bounds["rows"],
-        "kernels": {name: [_variant(v) for v in code.variants] for name, code in codes.items()},
+        "kernels": {name: [_variant(v, target) for v in code.variants] for name, code in codes.items()},
         "scratch": max((evaluate(code.scratch, sizes) for code in codes.values()), default=0),
         "counters": max((evaluate(code.counters, sizes) for code in codes.values()), default=0),
         "module": base64.b64encode(module).decode(),
     }
     return plan, resources(log)
+
+
+def variants(plan: Mapping[str, Any], kernel: str) -> list[list[Any]]:
+    """[for which steps, the functions that run] of a kernel, for the compile report."""
+    return [[v["when"], [launch["function"] for launch in v["launches"]]] for v in plan["kernels"][kernel]]
 
 
 def _codes(mod: IRModule, target: Target, types: Mapping[str, list[str]]) -> dict[str, Code]:
@@ -111,8 +117,11 @@ extern "C" __global__ void random_float32(float* out, i64 n, float mean, float d
 """
 
 
-def _variant(variant: Variant) -> dict[str, Any]:
-    return {"when": variant.when, "launches": [dataclasses.asdict(launch) for launch in variant.launches]}
+def _variant(variant: Variant, target: Target) -> dict[str, Any]:
+    launches = [dataclasses.asdict(launch) for launch in variant.launches]
+    for launch in launches:
+        launch["overlaps"] = launch["overlaps"] and target.overlaps_kernels
+    return {"when": variant.when, "launches": launches}
 
 
 class _Builder:

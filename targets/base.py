@@ -71,5 +71,11 @@ class Target:
     max_tokens_per_step: int = 512
     has_narrow_activations: bool = False  # 16-bit floats between kernels that allow it, else float32 everywhere
     gates_results: bool = False  # SwiGLU ends the product before it, else it begins the one after it
+    overlaps_kernels: bool = False  # a kernel may start while the one before it ends, and wait for it itself
     block_threads: int = 0  # threads of a block for kernels that no target wrote; 0: a CPU's loops instead
+    # What its kernels take: types of the KV cache, sizes of a head (empty: any), float32 matrices, 8-bit activations.
+    kv_dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
+    head_dims: tuple[int, ...] = ()
+    has_float32_weights: bool = True
+    has_int8_activations: bool = True
     kernels: Kernels = field(compare=False, kw_only=True)

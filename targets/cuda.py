@@ -34,7 +34,12 @@ def cuda_target(variant: str = "") -> Target:
         max_tokens_per_step=MAX_TOKENS_PER_STEP,
         has_narrow_activations=True,
         gates_results=True,
+        overlaps_kernels=arch in ("sm_90", "sm_100"),  # as primitives.cuh compiles wait_for_previous()
         block_threads=256,
+        kv_dtypes=("float16", "bfloat16"),
+        head_dims=cuda_kernels.HEAD_DIMS,
+        has_float32_weights=False,
+        has_int8_activations=False,
         kernels=_kernels(arch),
     )
 

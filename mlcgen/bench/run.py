@@ -164,7 +164,8 @@ def _artifact(path: Path, target: str, options: Options) -> Contestant:
 
 def _require(peer: str) -> None:
     if importlib.util.find_spec(PEERS[peer].module) is None:
-        raise BenchError(f"the peer {peer} is not installed: pip install 'mlcgen[bench]'")
+        how = "pip install torch==2.13.0" if peer == "torch" else "pip install 'mlcgen[bench]'"
+        raise BenchError(f"the peer {peer} is not installed: {how}")
 
 
 def _peer_model(given: str | Path | None, manifest: Mapping[str, Any]) -> Path:

@@ -27,6 +27,7 @@ MULTIPROCESSORS = 132  # of an H100: how many blocks fill a GPU
 # (warps, stages) of decode and (warps, blocks of 16 rows per warp, keys of a tile) of prefill, by head_dim: what 227 KB
 # of shared memory a multiprocessor (sm_90) and 255 registers a thread allow, and what 99 KB do (sm_86, sm_89).
 DECODE = {64: (4, 3), 96: (4, 3), 128: (4, 3), 256: (4, 2)}
+HEAD_DIMS = tuple(DECODE)
 DECODE_SMALL = {**DECODE, 256: (2, 3)}
 PREFILL = {64: (4, 2, 128), 96: (8, 1, 64), 128: (8, 1, 128), 256: (8, 1, 64)}
 PREFILL_SMALL = {**PREFILL, 128: (8, 1, 64), 256: (4, 1, 32)}
@@ -47,10 +48,6 @@ def paged_attention(
 ) -> DeviceKernel:
     """PrimFunc(q (n, H, D); pages; block_table (seqs, blocks); seq_lens (seqs,); query_start (seqs + 1,); positions
     (n,), which is not read: tokens are the last of their sequences; out (n, H, D))."""
-    if head_dim not in DECODE:
-        raise UnsupportedError(f"cuda attention has head sizes {', '.join(map(str, DECODE))}, not {head_dim}")
-    if kv_dtype == "float32":
-        raise UnsupportedError("cuda keeps keys and values in 16 bits; compile with --kv-dtype float16 or bfloat16")
     page = "uint16" if kv_dtype == "bfloat16" else kv_dtype
     q_shape = ("n", num_heads, head_dim)
     params = (

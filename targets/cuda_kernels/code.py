@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from mlcgen.errors import UnsupportedError
 from mlcgen.formats import WeightFormat
 
 C_TYPES = {
@@ -27,8 +26,7 @@ def operand_type(fmt: WeightFormat) -> str:
     """The 16-bit type that products with a matrix of this format are computed in. Codes are exact in float16."""
     if fmt.is_grouped:
         return "float16"
-    if fmt.dtype == "float32":
-        raise UnsupportedError("cuda multiplies 16-bit floats; compile with -q f16, bf16, q8, q4 or gguf")
+    assert fmt.dtype != "float32", "Target.has_float32_weights"
     return "bfloat16" if fmt.dtype == "uint16" else fmt.dtype
 
 

@@ -6,8 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mlcgen.errors import UnsupportedError
-from mlcgen.formats import BF16, F16, F32, Q4, Q8, WeightFormat, grouped
+from mlcgen.formats import BF16, F16, Q4, Q8, WeightFormat, grouped
 from mlcgen.targets.base import Linear
 from mlcgen.targets.cuda_kernels import linear
 from mlcgen.targets.cuda_kernels.code import operand_type
@@ -86,11 +85,6 @@ def test_columns_that_do_not_fill_a_chunk(k: int) -> None:
 
 def test_float32_tokens_are_rounded_by_a_kernel_before() -> None:
     check(Linear(Q8, 32, 64), (1, 3), x_dtype="float32")
-
-
-def test_float32_weights_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="-q f16"):
-        linear(Linear(F32, 16, 16), "sm_80")
 
 
 @pytest.mark.parametrize("fmt", [Q4, Q8, grouped(4, 32, has_minimum=True)], ids=lambda fmt: fmt.name)

@@ -26,6 +26,7 @@ enum {
   NOT_FOUND = 500,
   ILLEGAL_ADDRESS = 700,
   NOT_SUPPORTED = 801,
+  DRIVER_MISMATCH = 803,
   CAPTURE_UNSUPPORTED = 900,
   CAPTURE_INVALIDATED = 901,
   CAPTURED_EVENT = 907,
@@ -47,6 +48,7 @@ static const struct {
     {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},
     {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS"},
     {NOT_SUPPORTED, "CUDA_ERROR_NOT_SUPPORTED"},
+    {DRIVER_MISMATCH, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"},
     {CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
     {CAPTURE_INVALIDATED, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"},
     {CAPTURED_EVENT, "CUDA_ERROR_CAPTURED_EVENT"},
@@ -633,6 +635,7 @@ int cuFuncGetAttribute(int *value, int attribute, Object *function) {
 int cuFuncSetAttribute(Object *function, int attribute, int value) {
   ENTER(1, "cuFuncSetAttribute %d %d", attribute, value);
   REQUIRE(is_live(FUNCTION, function), INVALID_HANDLE);
+  if (attribute == 9) return value >= -1 && value <= 100 ? SUCCESS : INVALID_VALUE;  // a wish, in percent
   REQUIRE(attribute == 8 && value >= 0 && value + function->static_shared <= shared_optin(), INVALID_VALUE);
   function->max_dynamic = value;
   return SUCCESS;

