@@ -31,7 +31,14 @@ def load_engine(
     """An engine on the artifact at `path`. Arguments and errors as in `LLM`."""
     from mlcgen.runtime.load import load_executor  # late: it brings the device's libraries
 
-    model = load_executor(path, target, num_pages, max_batch, num_threads, gpu_memory_utilization)
+    model = load_executor(
+        path,
+        target=target,
+        num_pages=num_pages,
+        max_batch=max_batch,
+        num_threads=num_threads,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
     tokenizer = Tokenizer(model.tokenizer_path, model.tokenizer_config) if model.tokenizer_path else None
     return Engine(model.executor, tokenizer, model.eos_token_ids, model.context_length, model.max_batch)
 

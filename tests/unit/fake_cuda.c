@@ -3,7 +3,7 @@
 //
 // "Device memory" is host memory with a table of what was allocated. Streams are queues: what is put into one is done
 // when somebody waits for it, no earlier, so that a missing wait shows. Kernels are done by a hook. An "image" is text,
-// one word per function: name, or name(8,8,4) with its parameters' sizes, or name(8)+1024 with its static shared memory.
+// one word per function: name, or name(8,8,4) with sizes of parameters, or name(8)+1024 with static shared memory.
 // The image "*" has every function.
 
 #include <stdarg.h>
