@@ -71,7 +71,6 @@ def _has_linker() -> bool:
 # NVIDIA GPUs
 
 OLDEST_GPU = 80  # compute capability times 10: what the kernels' instructions need
-CUDA_VERSION = 13000  # of the machine code, as drivers report theirs
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def _missing_to_run(gpu: _Gpu | None) -> list[Missing]:
     missing = []
     if int(gpu.arch.removeprefix("sm_")) < OLDEST_GPU:
         missing.append(Missing(f"a GPU of sm_{OLDEST_GPU} or later; this one is {gpu.arch}", "use -t cpu"))
-    if gpu.cuda_version < CUDA_VERSION:
+    if gpu.cuda_version < cuda.CUDA_VERSION:
         missing.append(Missing(f"a driver for CUDA 13; this one is for {gpu.driver}", f"install {needs_driver}"))
     return missing
 

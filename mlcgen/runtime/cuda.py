@@ -18,7 +18,8 @@ from mlcgen.errors import DeviceError, TargetError
 Address = int
 _U64, _SIZE, _PTR, _INT, _UINT = ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint
 
-_OUT_OF_MEMORY = 2
+CUDA_VERSION = 13000  # of the machine code, as drivers report theirs
+_OUT_OF_MEMORY, _NO_DEVICE = 2, 100
 _MAJOR, _MINOR, _MULTIPROCESSORS, _SHARED_OPTIN = 75, 76, 16, 97  # CUdevice_attribute
 _STATIC_SHARED, _MAX_DYNAMIC_SHARED, _CARVEOUT = 1, 8, 9  # CUfunction_attribute
 _CAPTURE_RELAXED = 2
@@ -56,12 +57,26 @@ def _driver() -> Any | None:
 
 def missing() -> str | None:
     """Why no CUDA device can be used here, or None."""
-    if _driver() is not None:
-        return None
+    if (driver := _driver()) is not None:
+        version = _INT()
+        driver.cuDriverGetVersion(ctypes.byref(version))
+        if version.value >= CUDA_VERSION:
+            return None
+        name = f"{version.value // 1000}.{version.value % 1000 // 10}"
+        return f"the NVIDIA driver is for CUDA {name}; install 580 or later"
     with contextlib.suppress(OSError):
-        ctypes.CDLL("libcuda.so.1")
-        return "the NVIDIA driver finds no GPU"
+        library = ctypes.CDLL("libcuda.so.1")
+        status = library.cuInit(0)
+        if status == _NO_DEVICE:
+            return "the NVIDIA driver finds no GPU"
+        return f"the NVIDIA driver does not start: {_error_name(library, status)} ({status})"
     return "no NVIDIA driver (libcuda.so.1) is installed"
+
+
+def _error_name(library: Any, status: int) -> str:
+    text = ctypes.c_char_p()
+    library.cuGetErrorName(_INT(status), ctypes.byref(text))
+    return (text.value or b"?").decode()
 
 
 def compute_capability(device: int = 0) -> str | None:
@@ -82,12 +97,11 @@ class CudaDevice:
     """One GPU with its primary context, one stream, and the memory that was taken from it."""
 
     def __init__(self, ordinal: int = 0) -> None:
-        """Raises TargetError where there is no driver or no such GPU."""
+        """Raises TargetError where there is no driver that can be used, DeviceError for a GPU that is not there."""
         library = _driver()
-        if library is None:
+        if library is None or missing():
             raise TargetError(f"{missing()}; run on another target")
         self._cuda = library
-        library.cuGetErrorName.argtypes = [_INT, ctypes.POINTER(ctypes.c_char_p)]
         library.cuMemcpyHtoDAsync_v2.argtypes = [_U64, _PTR, _SIZE, _PTR]
         library.cuMemcpyDtoHAsync_v2.argtypes = [_PTR, _U64, _SIZE, _PTR]
         library.cuMemcpyDtoDAsync_v2.argtypes = [_U64, _U64, _SIZE, _PTR]
@@ -101,15 +115,15 @@ class CudaDevice:
         self._check("cuDeviceGet", library.cuDeviceGet(ctypes.byref(device), ordinal))
         self._device = device.value
         self._check("cuDevicePrimaryCtxRetain", library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
-        self._context = context
-        self._check("cuCtxSetCurrent", library.cuCtxSetCurrent(context))
         self._stream = _PTR()
+        self._taken = _Taken(library, self._device, context, self._stream)
+        finalizer = weakref.finalize(self, self._taken.give_back)  # also of a device that fails below
+        finalizer.atexit = False  # a thread may be in a step then; with the process all goes anyway
+        self._check("cuCtxSetCurrent", library.cuCtxSetCurrent(context))
         self._check("cuStreamCreate", library.cuStreamCreate(ctypes.byref(self._stream), _NON_BLOCKING))
         self._events = [self._new_event(), self._new_event()]
         self._functions: dict[str, ctypes.c_void_p] = {}
         self._maps: dict[tuple[Any, ...], Any] = {}
-        self._taken = _Taken(library, self._device, context, self._stream)
-        weakref.finalize(self, self._taken.give_back)
 
     @property
     def name(self) -> str:
@@ -139,13 +153,15 @@ class CudaDevice:
         status = self._cuda.cuMemAlloc_v2(ctypes.byref(address), max(num_bytes, 16))
         if status == _OUT_OF_MEMORY:
             free, total = self.memory()
+            lower = "lower num_pages, --gpu-memory-utilization or max_batch"
+            remedy = "quantize further (-q), or use a GPU with more memory" if purpose.startswith("weights") else lower
             raise DeviceError(
                 f"the GPU has no room for the {purpose}: {num_bytes / 2**30:.2f} GiB wanted, {free / 2**30:.2f} of "
-                f"{total / 2**30:.2f} GiB free; lower num_pages, --gpu-memory-utilization or max_batch"
+                f"{total / 2**30:.2f} GiB free; {remedy}"
             )
         self._check("cuMemAlloc", status)
-        self._check("cuMemsetD8Async", self._cuda.cuMemsetD8Async(address, 0, max(num_bytes, 16), self._stream))
         self._taken.memory.add(address.value)
+        self._check("cuMemsetD8Async", self._cuda.cuMemsetD8Async(address, 0, max(num_bytes, 16), self._stream))
         return address.value
 
     def free(self, address: Address) -> None:
@@ -192,6 +208,7 @@ class CudaDevice:
     def _new_event(self) -> ctypes.c_void_p:
         event = _PTR()
         self._check("cuEventCreate", self._cuda.cuEventCreate(ctypes.byref(event), _NO_TIMING))
+        self._taken.events.append(event)
         return event
 
     def synchronize(self) -> None:
@@ -241,7 +258,7 @@ class CudaDevice:
         bytes. What lies outside of the tensor reads as zero."""
         key = (address, dtype, dims, strides, box, swizzle)
         if key not in self._maps:
-            if len(self._maps) > _MAX_MAPS:  # prompts come in all lengths
+            if len(self._maps) >= _MAX_MAPS:  # prompts come in all lengths
                 self._maps.clear()
             self._maps[key] = self._new_map(*key)
         return self._maps[key]
@@ -283,16 +300,17 @@ class CudaDevice:
         self._check("cuStreamBeginCapture", self._cuda.cuStreamBeginCapture_v2(self._stream, _CAPTURE_RELAXED))
         recorded = _PTR()
         try:
-            yield graph
-        except BaseException:
-            self._cuda.cuStreamEndCapture(self._stream, ctypes.byref(recorded))
-            raise
-        self._check("cuStreamEndCapture", self._cuda.cuStreamEndCapture(self._stream, ctypes.byref(recorded)))
-        self._check(
-            "cuGraphInstantiate",
-            self._cuda.cuGraphInstantiateWithFlags(ctypes.byref(graph.executable), recorded, _U64(0)),
-        )
-        self._cuda.cuGraphDestroy(recorded)
+            try:
+                yield graph
+            finally:  # also after an error, or nothing could be started any more
+                status = self._cuda.cuStreamEndCapture(self._stream, ctypes.byref(recorded))
+            self._check("cuStreamEndCapture", status)
+            status = self._cuda.cuGraphInstantiateWithFlags(ctypes.byref(graph.executable), recorded, _U64(0))
+            self._check("cuGraphInstantiate", status)
+            self._taken.graphs.append(graph.executable)
+        finally:
+            if recorded:
+                self._cuda.cuGraphDestroy(recorded)
 
     def launch_graph(self, graph: "Graph") -> None:
         status = self._cuda.cuGraphLaunch(graph.executable, self._stream)
@@ -301,9 +319,7 @@ class CudaDevice:
 
     def _check(self, call: str, status: int) -> None:
         if status:
-            text = ctypes.c_char_p()
-            self._cuda.cuGetErrorName(status, ctypes.byref(text))
-            raise DeviceError(f"CUDA: {call} failed with {(text.value or b'?').decode()} ({status})")
+            raise DeviceError(f"CUDA: {call} failed with {_error_name(self._cuda, status)} ({status})")
 
 
 class _Taken:
@@ -313,19 +329,27 @@ class _Taken:
         self.library, self.device, self.context, self.stream = library, device, context, stream
         self.memory: set[Address] = set()
         self.pinned: list[Any] = []
+        self.events: list[Any] = []
+        self.graphs: list[Any] = []  # executable ones
         self.module = _PTR()
 
     def give_back(self) -> None:
         """Errors are of no use to anyone here."""
         self.library.cuCtxSetCurrent(self.context)
-        self.library.cuStreamSynchronize(self.stream)
+        if self.stream:  # null would be another stream
+            self.library.cuStreamSynchronize(self.stream)
+        for graph in self.graphs:
+            self.library.cuGraphExecDestroy(graph)
+        for event in self.events:
+            self.library.cuEventDestroy_v2(event)
         for address in self.memory:
             self.library.cuMemFree_v2(address)
         for pointer in self.pinned:
             self.library.cuMemFreeHost(pointer)
         if self.module:
             self.library.cuModuleUnload(self.module)
-        self.library.cuStreamDestroy_v2(self.stream)
+        if self.stream:
+            self.library.cuStreamDestroy_v2(self.stream)
         self.library.cuDevicePrimaryCtxRelease_v2(self.device)
 
 

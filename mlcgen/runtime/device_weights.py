@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlcgen.errors import ArtifactError
 from mlcgen.runtime.cuda import Address, CudaDevice
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "uint16": 2, "uint8": 1}
@@ -24,6 +25,9 @@ def upload_weights(
     tiled = device.allocate(largest, "weights in the file's order")
     found = {}
     for name, spec in specs.items():
+        if weights[name].nbytes != _num_bytes(spec):
+            sizes = f"{weights[name].nbytes} bytes, the plan wants {_num_bytes(spec)}"
+            raise ArtifactError(f"tensor {name[:80]!r} has {sizes}; compile the model again")
         found[name] = device.allocate(_num_bytes(spec), "weights")
         staging.copy(tiled if spec["is_tiled"] else found[name], weights[name])
         if spec["is_tiled"]:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -17,6 +18,7 @@ from mlcgen.runtime.cpu import host_arch, host_features
 from mlcgen.runtime.executor import Executor
 from mlcgen.runtime.vm_executor import KV_STORAGE, VmExecutor, load_runtime_library
 
+TEGRA = (72, 87)  # small systems, whose machine code is another
 MEMORY_SHARE = 0.5  # of what is free, for pages, when the user names no number
 
 
@@ -151,12 +153,18 @@ def _generation(entry: Mapping[str, Any]) -> int:
 def _cannot_run_cuda(entry: Mapping[str, Any]) -> str | None:
     if reason := cuda.missing():
         return reason
-    found, arch = str(cuda.compute_capability()), str(entry.get("arch"))
-    have, needed = (int(name.partition("_")[2] or 0) for name in (found, arch))
+    found, arch = cuda.compute_capability(), str(entry.get("arch"))
+    if found is None:
+        return "the driver does not describe the GPU"
+    known = re.fullmatch(r"(?:sm|compute)_(\d{2,3})", arch)
+    if known is None:
+        return f"needs {arch:.40}, which this version does not know"
+    have, needed = int(found.removeprefix("sm_")), int(known[1])
     if arch.startswith("compute"):  # assembly, for this generation and all later ones
         runs = have >= needed
     else:  # machine code, for later members of a generation too, but for what Hopper and Blackwell have of their own
-        runs = have == needed if needed >= 90 else have // 10 == needed // 10 and have >= needed
+        same_kind = have // 10 == needed // 10 and have >= needed and have not in TEGRA
+        runs = have == needed or (needed < 90 and same_kind)
     return None if runs else f"needs {arch}, this GPU is {found}"
 
 

@@ -38,7 +38,7 @@ class FakeDriver:
         library.fake_kernels(self._hook)
 
     def set(self, **settings: int) -> None:
-        """arch (90), memory (bytes), devices."""
+        """arch (90), memory (bytes), devices, version (of CUDA that the driver is for, 13000)."""
         for name, value in settings.items():
             self._monkeypatch.setenv(f"FAKE_CUDA_{name.upper()}", str(value))
 

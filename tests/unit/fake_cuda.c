@@ -342,6 +342,12 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
   return SUCCESS;
 }
 
+int cuDriverGetVersion(int *version) {
+  ENTER(0, "cuDriverGetVersion");
+  *version = (int)setting("FAKE_CUDA_VERSION", 13000);
+  return SUCCESS;
+}
+
 int cuDevicePrimaryCtxRetain(void **result, int device) {
   ENTER(0, "cuDevicePrimaryCtxRetain %d", device);
   REQUIRE(device >= 0 && device < count(), INVALID_DEVICE);
