@@ -282,7 +282,10 @@ def _weight_files(staging: Path) -> list[dict[str, Any]]:
     file = staging / artifact.WEIGHTS
     if not file.exists():
         return []
-    return [{"file": artifact.WEIGHTS, "sha256": artifact.sha256(file), "bytes": file.stat().st_size}]
+    digest = artifact.sha256_of_blocks(file)
+    return [
+        {"file": artifact.WEIGHTS, "sha256": digest, "is_hashed_by_blocks": True, "bytes": file.stat().st_size},
+    ]
 
 
 def _carry_runtime(targets: Sequence[Mapping[str, Any]], staging: Path) -> list[dict[str, Any]]:

@@ -30,13 +30,11 @@ from tvm import IRModule, ir, relax, tirx
 from mlcgen.errors import CompileError
 from mlcgen.nvrtc import compile_cuda, resources
 from mlcgen.passes.rewrite import FORWARD, bindings, is_op
+from mlcgen.runtime.plan import ITEM_BYTES, VERSION
 from mlcgen.runtime.sizes import Size, evaluate
 from mlcgen.targets.base import PlanKernels, Target
 from mlcgen.targets.cuda_codegen import generate, size_of
 from mlcgen.targets.device_kernel import Code, Variant
-
-VERSION = 1
-ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "uint8": 1, "int64": 8}
 
 
 def launch_plan(

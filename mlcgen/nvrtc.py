@@ -20,13 +20,13 @@ def compile_cuda(source: str, arch: str) -> tuple[bytes, str]:
     Raises CompileError with the compiler's words, or with what to install.
     """
     library = _library()
-    program = ctypes.c_void_p()
-    _check(library, library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"mlcgen.cu", 0, None, None))
     # Hopper's own instructions exist under its architecture-specific name only.
     name = f"{arch}a" if arch in ("sm_90", "sm_100") else arch
     options = [f"--gpu-architecture={name}", "--std=c++17", "--device-as-default-execution-space"]
     options += [f"-I{KERNELS}", f"-I{_headers()}"]
     options += [] if arch.startswith("compute") else ["--ptxas-options=-v"]
+    program = ctypes.c_void_p()
+    _check(library, library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"mlcgen.cu", 0, None, None))
     try:
         arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         status = library.nvrtcCompileProgram(program, len(options), arguments)
@@ -68,7 +68,7 @@ def _library() -> Any:
     file = find_library()
     if file is None:
         raise CompileError(f"the CUDA compiler NVRTC is not installed: {INSTALL}")
-    for builtins in sorted(file.parent.glob("libnvrtc-builtins.so*")):
+    for builtins in sorted(file.parent.glob("libnvrtc-builtins.so*")) if file.is_absolute() else ():
         ctypes.CDLL(str(builtins))  # NVRTC asks the loader for it by name, which then knows it
     return ctypes.CDLL(str(file))
 

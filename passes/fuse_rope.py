@@ -1,7 +1,8 @@
 """Rotary embedding and the cache append become one kernel that reads the fused qkv projection.
 
 reshape(split(qkv)) -> rope(q), rope(k) -> append(k, v, pages)   becomes   rope_append(qkv, cos, sin, pages) -> q, pages
-A rope that stands elsewhere is written out in plain operators.
+Where q, k and v come from products that cannot be stacked (their formats differ), a target whose cache is written by
+rope_append alone has them put side by side. A rope that stands elsewhere is written out in plain operators.
 """
 
 from collections.abc import Mapping
@@ -21,14 +22,14 @@ class _RopeAppend:
 
     q: relax.Var  # rope(q)
     appended: relax.Var
-    qkv: relax.Var
+    qkv: tuple[relax.Var, ...]  # one (n, all features), or q, k and v
     cos: relax.Var
     sin: relax.Var
 
 
 def fuse_rope(mod: IRModule, layout: KvLayout, target: Target) -> IRModule:
     values = bindings(mod)
-    found = _find(values)
+    found = _find(values, joins=not target.has_plain_append)
     by_q = {f.q: f for f in found}
     by_append = {f.appended: f for f in found}
     fused: dict[relax.Var, relax.Var] = {}  # rope(q) -> (q, pages)
@@ -38,7 +39,8 @@ def fuse_rope(mod: IRModule, layout: KvLayout, target: Target) -> IRModule:
         if var in by_q:
             match = by_q[var]
             _, _, slot_mapping, pages = (rewriter.visit_expr(a) for a in appends[match.appended].args[1].fields)
-            qkv, cos, sin = (rewriter.visit_expr(a) for a in (match.qkv, match.cos, match.sin))
+            *parts, cos, sin = (rewriter.visit_expr(a) for a in (*match.qkv, match.cos, match.sin))
+            qkv = parts[0] if len(parts) == 1 else rewriter.emit(relax.op.concat(parts, axis=1))
             kernel = target.kernels.rope_append(
                 int(value.ty.shape[1]), layout.num_kv_heads, layout.head_dim, layout.page_size, layout.dtype
             )
@@ -54,31 +56,41 @@ def fuse_rope(mod: IRModule, layout: KvLayout, target: Target) -> IRModule:
     return write_out_rope(rewrite(mod, rule))
 
 
-def _find(values: Mapping[relax.Var, relax.Expr]) -> list[_RopeAppend]:
+def _find(values: Mapping[relax.Var, relax.Expr], joins: bool) -> list[_RopeAppend]:
     appends = [(var, value) for var, value in values.items() if is_op(value, "relax.call_tir_inplace")]
-    return [match for var, value in appends if (match := _match(values, var, value)) is not None]
+    return [match for var, value in appends if (match := _match(values, var, value, joins)) is not None]
 
 
-def _match(values: Mapping[relax.Var, relax.Expr], appended: relax.Var, append: relax.Call) -> _RopeAppend | None:
+def _match(
+    values: Mapping[relax.Var, relax.Expr], appended: relax.Var, append: relax.Call, joins: bool
+) -> _RopeAppend | None:
     k, v = append.args[1].fields[:2]
-    q = next((q for q in values if _is_query_of(values, q, k)), None)
+    q = next((q for q in values if _is_query_of(values, q, k, appended)), None)
     if q is None:
         return None
-    found = [_split_part(values, var) for var in (values[q].args[1], values[k].args[1], v)]
-    parts = [part for part in found if part is not None]
-    if [index for _, index in parts] != [0, 1, 2] or len({split for split, _ in parts}) != 1:
-        return None
-    split = values[parts[0][0]]
-    return _RopeAppend(q, appended, split.args[0], *values[q].args[2:4])
+    heads = (values[q].args[1], values[k].args[1], v)
+    parts = [part for part in (_split_part(values, var) for var in heads) if part is not None]
+    if [index for _, index in parts] == [0, 1, 2] and len({split for split, _ in parts}) == 1:
+        return _RopeAppend(q, appended, (values[parts[0][0]].args[0],), *values[q].args[2:4])
+    rows = [row for row in (_rows(values, var) for var in heads) if row is not None]
+    return _RopeAppend(q, appended, tuple(rows), *values[q].args[2:4]) if joins and len(rows) == 3 else None
 
 
-def _is_query_of(values: Mapping[relax.Var, relax.Expr], q: relax.Var, k: relax.Var) -> bool:
-    """q and k are both ropes of parts of one split, with the same angles."""
+def _is_query_of(values: Mapping[relax.Var, relax.Expr], q: relax.Var, k: relax.Var, appended: relax.Var) -> bool:
+    """q and k are both ropes, with the same angles, and q attends to the pages that k was appended to."""
     if not is_marked(values[q], ROPE) or not is_marked(values.get(k), ROPE) or q.same_as(k):
         return False
-    parts = _split_part(values, values[q].args[1]), _split_part(values, values[k].args[1])
-    same_split = parts[0] is not None and parts[1] is not None and parts[0][0].same_as(parts[1][0])
-    return same_split and all(a.same_as(b) for a, b in zip(values[q].args[2:4], values[k].args[2:4], strict=True))
+    same_angles = all(a.same_as(b) for a, b in zip(values[q].args[2:4], values[k].args[2:4], strict=True))
+    calls = [value.args[1].fields for value in values.values() if is_op(value, "relax.call_tir")]
+    return same_angles and any(len(c) > 1 and c[0].same_as(q) and c[1].same_as(appended) for c in calls)
+
+
+def _rows(values: Mapping[relax.Var, relax.Expr], var: relax.Var) -> relax.Var | None:
+    """What is behind a reshape of (n, features)."""
+    reshape = values.get(var)
+    if not is_op(reshape, "relax.reshape") or len(reshape.args[0].ty.shape) != 2:
+        return None
+    return reshape.args[0]
 
 
 def _split_part(values: Mapping[relax.Var, relax.Expr], var: relax.Var) -> tuple[relax.Var, int] | None:

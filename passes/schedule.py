@@ -86,6 +86,8 @@ def _device_rules(threads: int) -> dict[str, _Rule]:
             return None
         iters = sch.get(blocks[0]).iter_vars
         loops = sch.get_loops(blocks[0])
+        if len(loops) != len(iters):
+            return None
         spatial = [loop for loop, i in zip(loops, iters, strict=True) if int(i.iter_type) == tirx.IterVar.DataPar]
         if not spatial or spatial != loops[: len(spatial)]:
             return None

@@ -70,6 +70,7 @@ class Target:
     fallbacks: tuple[str, ...] = field(default=(), compare=False)  # what this machine has and cannot use, in words
     max_tokens_per_step: int = 512
     has_narrow_activations: bool = False  # 16-bit floats between kernels that allow it, else float32 everywhere
+    has_plain_append: bool = True  # the cache can be written without rope_append, which computes the angles' turn too
     gates_results: bool = False  # SwiGLU ends the product before it, else it begins the one after it
     overlaps_kernels: bool = False  # a kernel may start while the one before it ends, and wait for it itself
     block_threads: int = 0  # threads of a block for kernels that no target wrote; 0: a CPU's loops instead

@@ -33,6 +33,7 @@ def cuda_target(variant: str = "") -> Target:
         arch,
         max_tokens_per_step=MAX_TOKENS_PER_STEP,
         has_narrow_activations=True,
+        has_plain_append=False,
         gates_results=True,
         overlaps_kernels=arch in ("sm_90", "sm_100"),  # as primitives.cuh compiles wait_for_previous()
         block_threads=256,

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from mlcgen.errors import ArtifactError
 from mlcgen.runtime.cuda import Address, CudaDevice
+from mlcgen.runtime.plan import ITEM_BYTES
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "uint16": 2, "uint8": 1}
 CHUNK = 64 << 20  # bytes of one copy; two are under way
 FUNCTIONS = ("untile_2", "untile_4", "random_uint8", "random_float16", "random_uint16", "random_float32")
 

@@ -1,7 +1,6 @@
 """From an artifact's path to an executor that is ready to run: choose a target, check the files, map the weights."""
 
 import base64
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,9 +81,11 @@ def _plan_executor(
 ) -> Executor:
     from mlcgen.runtime import device_sampler, device_weights
     from mlcgen.runtime.cuda import CudaDevice
-    from mlcgen.runtime.plan_executor import TAKE_TOKENS, PlanExecutor, function_names, shared_heavy_functions
+    from mlcgen.runtime.plan import check_fit, function_names, read_plan, shared_heavy_functions
+    from mlcgen.runtime.plan_executor import TAKE_TOKENS, PlanExecutor
 
-    plan = json.loads(plan_file.read_text())
+    plan = read_plan(plan_file)
+    check_fit(plan, manifest, weights)
     device = CudaDevice()
     names = [*function_names(plan), *device_weights.FUNCTIONS, *device_sampler.FUNCTIONS, TAKE_TOKENS]
     device.load(base64.b64decode(plan["module"]), names, shared_heavy_functions(plan))

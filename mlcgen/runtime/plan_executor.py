@@ -7,7 +7,7 @@ then on a step is one copy into pinned memory and one launch. Other steps start 
 import base64
 import ctypes
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,10 +18,10 @@ from mlcgen.errors import RequestError
 from mlcgen.runtime.cuda import Address, CudaDevice, Graph
 from mlcgen.runtime.device_sampler import DeviceSampler, needs_host
 from mlcgen.runtime.executor import Float32, Int32, StepInput
+from mlcgen.runtime.plan import ITEM_BYTES
 from mlcgen.runtime.sampler import Sampled, Sampler
 from mlcgen.runtime.sizes import evaluate
 
-ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "uint8": 1}
 INPUT_ALIGNMENT = 256  # bytes
 TAKE_TOKENS = "take_tokens"
 _SAMPLED_ROWS = "sampled_rows"  # beside the plan's own inputs
@@ -293,17 +293,3 @@ class _PinnedRows:
 
 def _power_of_two(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
-
-
-def function_names(plan: Mapping[str, Any]) -> list[str]:
-    """Each function that the plan launches."""
-    return sorted({str(launch["function"]) for launch in _all_launches(plan)})
-
-
-def shared_heavy_functions(plan: Mapping[str, Any]) -> set[str]:
-    """Those that want all of a multiprocessor's memory as shared memory."""
-    return {str(launch["function"]) for launch in _all_launches(plan) if launch["is_shared_heavy"]}
-
-
-def _all_launches(plan: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    return (launch for kernel in plan["kernels"].values() for variant in kernel for launch in variant["launches"])

@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 
 import mlcgen
-from mlcgen import artifact, launch_plan
+from mlcgen import artifact, launch_plan, weights
+from mlcgen.formats import Q8
+from mlcgen.passes.quantize import WeightSource
 from mlcgen.runtime import device_weights
 from mlcgen.runtime.engine import Engine
 from mlcgen.runtime.executor import Executor, StepInput
 from mlcgen.runtime.load import load_executor
-from mlcgen.runtime.plan_executor import PlanExecutor, function_names
+from mlcgen.runtime.plan import function_names, read_plan
+from mlcgen.runtime.plan_executor import PlanExecutor
 from mlcgen.runtime.sampler import SamplingParams
+from mlcgen.weights import storage_plan
 
 from .emulate_cuda import needs_compiler
 from .emulated_device import EmulatedDevice
@@ -58,13 +62,18 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str,
     )
 
 
+def with_8_bit_values(*arguments: Any) -> tuple[dict[str, WeightSource], list[str]]:
+    plan, fallbacks = storage_plan(*arguments)
+    return {n: WeightSource(n, Q8) if n.endswith("v_proj.weight") else s for n, s in plan.items()}, fallbacks
+
+
 def emulated(path: Path) -> tuple[PlanExecutor, EmulatedDevice]:
     manifest = artifact.read_manifest(path)
-    plan = json.loads((path / "lib" / "cuda-sm_80.plan").read_text())
+    plan = read_plan(path / "lib" / "cuda-sm_80.plan")
     device = EmulatedDevice()
     device.load(base64.b64decode(plan["module"]), function_names(plan))
-    weights = artifact.map_weights(path / artifact.WEIGHTS)
-    addresses = device_weights.upload_weights(device, plan["weights"], weights)
+    stored = artifact.map_weights(path / artifact.WEIGHTS)
+    addresses = device_weights.upload_weights(device, plan["weights"], stored)
     return PlanExecutor(device, plan, manifest, addresses, PAGES), device
 
 
@@ -80,6 +89,9 @@ def batch(before: list[int], counts: list[int], rng: np.random.Generator, tables
 
 @pytest.mark.parametrize("quantization", ["q4", "bf16"])
 def test_plan_gives_the_logits_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str) -> None:
+    """Under q4 with values in 8 bits, as GGUF files mix them: q, k and v are then products of their own."""
+    if quantization == "q4":
+        monkeypatch.setattr(weights, "storage_plan", with_8_bit_values)
     path = compiled(tmp_path, monkeypatch, quantization)
     executor, device = emulated(path)
     expected: Executor = load_executor(path, "cpu", num_pages=PAGES).executor

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -41,7 +42,7 @@ MANIFEST: dict[str, Any] = {
         }
     ],
     "runtime_libraries": [{"arch": "x86_64", "file": "lib/x86_64/libtvm_runtime.so", "sha256": "0"}],
-    "weights": [{"file": artifact.WEIGHTS, "sha256": "0", "bytes": 64}],
+    "weights": [{"file": artifact.WEIGHTS, "sha256": "0", "is_hashed_by_blocks": True, "bytes": 64}],
     "random_weights": False,
     "versions": {"mlcgen": "0.1.0"},
 }
@@ -338,6 +339,19 @@ def test_hashes(tmp_path: Path) -> None:
         artifact.check_hash(tmp_path, entry)
     (tmp_path / "a").mkdir()
     with pytest.raises(ArtifactError, match="cannot read"):
+        artifact.check_hash(tmp_path, entry)
+
+
+@pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 250])
+def test_hashes_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(artifact, "HASH_BLOCK", 100)
+    data = np.random.default_rng(size).bytes(size)
+    (tmp_path / "a").write_bytes(data)
+    blocks = [hashlib.sha256(data[start : start + 100]).digest() for start in range(0, size, 100)]
+    entry = {"file": "a", "sha256": hashlib.sha256(b"".join(blocks)).hexdigest(), "is_hashed_by_blocks": True}
+    assert artifact.check_hash(tmp_path, entry) == tmp_path.resolve() / "a"
+    (tmp_path / "a").write_bytes(data[:-1] + b"?" if data else b"?")
+    with pytest.raises(ArtifactError, match="is damaged"):
         artifact.check_hash(tmp_path, entry)
 
 

@@ -69,7 +69,7 @@ MANIFEST: dict[str, Any] = {
         | {"file": "lib/cpu.so", "sha256": ""}
     ],
     "runtime_libraries": [],
-    "weights": [{"file": "weights/model.safetensors", "sha256": "", "bytes": 1}],
+    "weights": [{"file": "weights/model.safetensors", "sha256": "", "is_hashed_by_blocks": True, "bytes": 1}],
     "random_weights": False,
     "versions": {},
 }
