@@ -260,18 +260,11 @@ class CudaDevice:
         if key not in self._maps:
             if len(self._maps) >= _MAX_MAPS:  # prompts come in all lengths
                 self._maps.clear()
-            self._maps[key] = self._new_map(*key)
+            self._maps[key] = self._new_map(key)
         return self._maps[key]
 
-    def _new_map(
-        self,
-        address: Address,
-        dtype: str,
-        dims: tuple[int, ...],
-        strides: tuple[int, ...],
-        box: tuple[int, ...],
-        swizzle: int,
-    ) -> Any:
+    def _new_map(self, key: tuple[Any, ...]) -> Any:
+        address, dtype, dims, strides, box, swizzle = key
         raw = ctypes.create_string_buffer(192)
         at = (ctypes.addressof(raw) + 63) // 64 * 64
         rank = len(dims)
