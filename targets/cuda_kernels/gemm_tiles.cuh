@@ -1,0 +1,237 @@
+// What gemm_wgmma.cuh is made of besides its products: how a product is cut into tiles, which of them a worker computes,
+// where things lie in shared memory, and the producer that brings them there.
+#pragma once
+#include "hopper.cuh"
+
+namespace gemm {
+
+constexpr int BLOCK_K = 64;             // 128 bytes: a row of the 128-byte swizzle
+constexpr int ROW_BYTES = 2 * BLOCK_K;
+constexpr int GROUP_ROWS = 64;          // rows of W for each consumer: the m of wgmma
+constexpr int NEAR_TOKENS = 2048;       // tokens whose x stays in the L2 cache while W passes
+constexpr int LARGE = 24 << 20;         // bytes of an output that would drive x from the L2 cache
+
+// How the weights are stored: 16-bit values, or the 4-bit codes and scales of mlcgen/formats.py, in tiles of 16 rows.
+enum class Weights { DENSE, Q4 };
+constexpr int TILE_ROWS = 16, GROUP = 32;                     // GROUP columns share a scale
+constexpr int TILE_CODES = TILE_ROWS * BLOCK_K / 2;           // bytes for BLOCK_K columns: [octet][row][4]
+constexpr int TILE_SCALES = TILE_ROWS * BLOCK_K / GROUP * 2;  // bytes: [group][row]
+
+// How a kernel cuts the product, and the sizes that follow.
+// GATED: rows of W alternate, 8 of a gate and 8 of the matching up projection; 16 rows make 8 features.
+template <Weights WEIGHTS_, int TOKENS_, int CONSUMERS_, int SHARE_, int SPLIT_, int STAGES_, bool GATED_>
+struct Tiling {
+  static constexpr int TOKENS = TOKENS_, CONSUMERS = CONSUMERS_, SHARE = SHARE_, SPLIT = SPLIT_, STAGES = STAGES_;
+  static constexpr int CLUSTER = SHARE * SPLIT;
+  static constexpr bool GATED = GATED_;
+  static constexpr Weights WEIGHTS = WEIGHTS_;
+  static constexpr int SUMS = TOKENS / 2;                                // f32 accumulators of a consumer thread
+  static constexpr bool MOVES_REGISTERS = SUMS > 96;                     // from a whole warp group of producers
+  static constexpr int CONSUMER_REGISTERS = 232, PRODUCER_REGISTERS = 40;
+  static constexpr int THREADS = (CONSUMERS + 1) * WARP_GROUP - (MOVES_REGISTERS ? 0 : WARP_GROUP - WARP);
+  static constexpr int GROUP_FEATURES = GATED ? GROUP_ROWS / 2 : GROUP_ROWS;
+  static constexpr int FEATURES = CONSUMERS * GROUP_FEATURES;            // of a block
+  static constexpr int SHARED_TOKENS = TOKENS / SHARE;                   // that one block copies for those that share
+  static constexpr int TILES = CONSUMERS * GROUP_ROWS / TILE_ROWS;       // of quantized rows
+  static constexpr int W_BYTES =
+      WEIGHTS == Weights::Q4 ? TILES * (TILE_CODES + TILE_SCALES) : CONSUMERS * GROUP_ROWS * ROW_BYTES;
+  static constexpr int X_BYTES = TOKENS * ROW_BYTES;
+  static constexpr int STAGE_BYTES = (X_BYTES + W_BYTES + 1023) / 1024 * 1024;
+  static constexpr int PART_TOKENS = TOKENS / SPLIT;                     // that a block of those that split k stores
+  static constexpr int PART_SUMS = SUMS / SPLIT;
+  static constexpr int PART_BYTES = PART_SUMS * WARP_GROUP * sizeof(float);
+  static_assert(PART_TOKENS % 8 == 0 && SHARED_TOKENS % 8 == 0);
+};
+
+// ---- Which products a worker computes ------------------------------------------------------------------------------
+
+// Steps [k_begin, k_end) of BLOCK_K values of one tile.
+struct Segment {
+  int features, tokens;  // numbers of the tile, in features (of the cluster) and in tokens
+  int k_begin, k_end;
+};
+
+struct Schedule {
+  int feature_tiles, token_tiles, near, k_steps;
+  int worker, workers;
+  int part, parts;  // of a whole tile's steps: this block of the cluster computes that part
+  int split_tiles;  // the first tiles are split between all workers
+  int step, end;    // what is left of this worker's part of them
+  int tile;         // its next whole tile
+
+  DEVICE Schedule(int feature_tiles, int token_tiles, int near, int k_steps, int worker, int workers, int part,
+                  int parts, int split_tiles)
+      : feature_tiles(feature_tiles), token_tiles(token_tiles), near(near), k_steps(k_steps), worker(worker),
+        workers(workers), part(part), parts(parts), split_tiles(split_tiles), step(first_step(worker)),
+        end(first_step(worker + 1)), tile(split_tiles + worker) {}
+
+  DEVICE int first_step(int w) const {
+    int steps = split_tiles * k_steps;
+    return w * (steps / workers) + min(w, steps % workers);
+  }
+
+  DEVICE bool next(Segment& s) {
+    if (step < end) {
+      int t = step / k_steps;
+      place(s, t);
+      s.k_begin = step - t * k_steps;
+      s.k_end = min(k_steps, s.k_begin + end - step);
+      step += s.k_end - s.k_begin;
+      return true;
+    }
+    if (tile >= feature_tiles * token_tiles) return false;
+    place(s, tile);
+    s.k_begin = k_steps * part / parts, s.k_end = k_steps * (part + 1) / parts;
+    tile += workers;
+    return true;
+  }
+
+  // Tiles that are computed at the same time should share rows of W and of x in the L2 cache: tokens come in groups of
+  // `near` tiles, and within a group each tile of features meets all of its tokens before the next.
+  DEVICE void place(Segment& s, int t) const {
+    int group = t / (near * feature_tiles);
+    int in_group = t - group * near * feature_tiles;
+    int width = min(near, token_tiles - group * near);
+    s.features = in_group / width;
+    s.tokens = group * near + in_group % width;
+  }
+};
+
+// The position in the ring of buffers; `parity` is that of the passes over it.
+template <int STAGES> struct Ring {
+  int stage = 0;
+  u32 parity = 0;
+  DEVICE void advance() {
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+};
+
+// ---- Shared memory -------------------------------------------------------------------------------------------------
+
+// Sums pass to the output through slabs of SLAB tokens, as values of type Staged.
+template <class Tile, class Staged> constexpr int SLAB =
+    Tile::TOKENS == 256 && sizeof(Staged) == 2 ? 64 :
+    Tile::TOKENS >= 128 && Tile::SPLIT == 1 ? 32 : Tile::PART_TOKENS < 16 ? Tile::PART_TOKENS : 16;
+
+template <class Tile, class Staged> struct SharedMemory {
+  static constexpr int SLAB_BYTES = SLAB<Tile, Staged> * Tile::GROUP_FEATURES * sizeof(Staged);
+  static constexpr int SLABS_AT = Tile::STAGES * Tile::STAGE_BYTES;
+  static constexpr int INBOX_AT = SLABS_AT + Tile::CONSUMERS * 2 * SLAB_BYTES;
+  static constexpr int BARRIERS_AT = INBOX_AT + Tile::CONSUMERS * (Tile::SPLIT - 1) * Tile::PART_BYTES;
+  static constexpr int BYTES = BARRIERS_AT + (2 * Tile::STAGES + 2 * Tile::CONSUMERS) * sizeof(u64);
+
+  unsigned char* base;
+
+  DEVICE unsigned char* x(int stage) const { return base + stage * Tile::STAGE_BYTES; }
+  DEVICE unsigned char* w(int stage) const { return x(stage) + Tile::X_BYTES; }
+  DEVICE unsigned char* scales(int stage) const { return w(stage) + Tile::TILES * TILE_CODES; }
+  DEVICE Staged* slab(int consumer, int which) const {
+    return reinterpret_cast<Staged*>(base + SLABS_AT + (2 * consumer + which) * SLAB_BYTES);
+  }
+  // Sums for block `to` from block `from` of those that split k, for each thread as [4 sums][thread].
+  DEVICE float4* inbox(int consumer, int to, int from) const {
+    int box = consumer * (Tile::SPLIT - 1) + from - (from > to);
+    return reinterpret_cast<float4*>(base + INBOX_AT + box * Tile::PART_BYTES) + threadIdx.x % WARP_GROUP;
+  }
+  DEVICE u64* full(int stage) const { return reinterpret_cast<u64*>(base + BARRIERS_AT) + stage; }
+  DEVICE u64* empty(int stage) const { return full(Tile::STAGES + stage); }
+  DEVICE u64* inbox_full(int consumer) const { return full(2 * Tile::STAGES + consumer); }
+  DEVICE u64* inbox_read(int consumer) const { return full(2 * Tile::STAGES + Tile::CONSUMERS + consumer); }
+
+  DEVICE void init_barriers() const {
+    constexpr int READERS = Tile::SHARE * Tile::CONSUMERS * (WARP_GROUP / WARP);
+    for (int s = 0; s < Tile::STAGES; s++) {
+      init_barrier(full(s), 1);
+      init_barrier(empty(s), READERS);
+    }
+    for (int c = 0; Tile::SPLIT > 1 && c < Tile::CONSUMERS; c++) {
+      init_barrier(inbox_full(c), 1);
+      init_barrier(inbox_read(c), (Tile::SPLIT - 1) * WARP_GROUP);
+    }
+    publish_barriers();
+  }
+};
+
+// ---- The producer --------------------------------------------------------------------------------------------------
+
+// Walks through the steps of a worker's segments.
+struct Cursor {
+  Schedule schedule;
+  Segment at;
+  int k;
+  bool valid;
+
+  DEVICE explicit Cursor(const Schedule& s) : schedule(s) { next_segment(); }
+  DEVICE void next_segment() {
+    valid = schedule.next(at);
+    k = at.k_begin;
+  }
+  DEVICE void advance() {
+    if (++k == at.k_end) next_segment();
+  }
+};
+
+// The host's maps (`scales` only for Weights::Q4), innermost dimension first, strides in bytes; zeros outside. Maps of
+// gated weights, of 2 N rows, bring rows of the gate and of the up projection alternately: 8 of each, or 16 with Q4.
+//   x             (K, rows)        stride 2K               box (64, SHARED_TOKENS)                swizzle 128 bytes
+//   w             (K, N)           stride 2K               box (64, CONSUMERS * 64)               swizzle 128 bytes
+//   w, gated      (K, 8, 2, N/8)   strides 2K, 2NK, 16K    box (64, 8, 2, CONSUMERS * 4)          swizzle 128 bytes
+//   codes (u32)   (2K, G, N/16)    strides NK/2, 8K        box (128, G, CONSUMERS * 4 / G)        no swizzle; G = 2 for
+//   scales (f16)  (K/2, G, N/16)   strides NK/16, K        box (32, G, CONSUMERS * 4 / G)         gated weights, else 1
+struct Maps {
+  const TensorMap &w, &scales, &x;
+};
+
+template <class Tile, class Shared>
+DEVICE void load_w(const Shared& shared, const Maps& maps, const Cursor& c, int sharer, int stage) {
+  u64* full = shared.full(stage);
+  u64 policy = drop_first();
+  int feature = (c.at.features * Tile::SHARE + sharer) * Tile::FEATURES;
+  arrive_expecting(full, Tile::W_BYTES + Tile::X_BYTES);
+  if constexpr (Tile::WEIGHTS == Weights::Q4) {  // 32-bit words of codes, 16-bit scales
+    load_box(shared.w(stage), maps.w, full, policy, c.k * (TILE_CODES / 4), 0, feature / TILE_ROWS);
+    load_box(shared.scales(stage), maps.scales, full, policy, c.k * (TILE_SCALES / 2), 0, feature / TILE_ROWS);
+  } else if constexpr (Tile::GATED) {
+    load_box(shared.w(stage), maps.w, full, policy, c.k * BLOCK_K, 0, 0, feature / 8);
+  } else {
+    load_box(shared.w(stage), maps.w, full, policy, c.k * BLOCK_K, feature);
+  }
+}
+
+template <class Tile, class Shared>
+DEVICE void load_x(const Shared& shared, const Maps& maps, const Cursor& c, int sharer, int stage) {
+  int token = c.at.tokens * Tile::TOKENS + sharer * Tile::SHARED_TOKENS;
+  unsigned char* to = shared.x(stage) + sharer * Tile::SHARED_TOKENS * ROW_BYTES;
+  if constexpr (Tile::SHARE == 1) {
+    load_box(to, maps.x, shared.full(stage), drop_last(), c.k * BLOCK_K, token);
+  } else {
+    int sharers = ((1 << Tile::SHARE) - 1) << (c.schedule.part * Tile::SHARE);
+    load_box_to_all(to, maps.x, shared.full(stage), drop_last(), c.k * BLOCK_K, token, sharers);
+  }
+}
+
+// One thread. W does not depend on the kernel before this one, so the ring is filled with it while that one ends.
+template <class Tile, class Shared>
+DEVICE void produce(const Shared& shared, const Maps& maps, const Schedule& schedule, int sharer) {
+  prefetch_map(maps.w);
+  if (Tile::WEIGHTS == Weights::Q4) prefetch_map(maps.scales);
+  prefetch_map(maps.x);
+  Cursor ahead(schedule);
+  for (int s = 0; s < Tile::STAGES && ahead.valid; s++, ahead.advance()) load_w<Tile>(shared, maps, ahead, sharer, s);
+  wait_for_previous();
+
+  Ring<Tile::STAGES> ring;
+  bool first_pass = true;
+  for (Cursor c(schedule); c.valid; c.advance()) {
+    wait(shared.empty(ring.stage), ring.parity ^ 1);  // goes on at once in the first pass
+    if (!first_pass) load_w<Tile>(shared, maps, c, sharer, ring.stage);
+    load_x<Tile>(shared, maps, c, sharer, ring.stage);
+    ring.advance();
+    if (ring.stage == 0) first_pass = false;
+  }
+  // A block may not end while others still arrive at its barriers.
+  for (int s = 0; Tile::SHARE > 1 && s < Tile::STAGES; s++, ring.advance())
+    wait(shared.empty(ring.stage), ring.parity ^ 1);
+}
+
+}  // namespace gemm
