@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlcgen.formats import F16, WeightFormat
+from mlcgen.formats import F16
 from mlcgen.runtime.sizes import Size
 from mlcgen.targets.base import Linear
 from mlcgen.targets.device_kernel import (
@@ -20,45 +20,16 @@ from mlcgen.targets.device_kernel import (
     times,
 )
 
-from . import gemm
+from . import gemm, gemm_mma, stream
 from .code import C_TYPES, HALVES, cpp, definition, operand_type
 
 THREADS = 256  # of the kernels before
-STAGED_TOKENS = 4  # up to here each block keeps, and normalizes, the tokens itself; more are normalized once, before
-LINEAR_ARGS = ("norm", "w", "scale", "minimum", "bias", "residual", "out")
-LINEAR_PARAMS = [
-    *("const void* x", "const float* norm", "const void* w", "const void* scale", "const void* minimum"),
-    *("const float* bias", "const float* residual", "void* out", "int n"),
-]
-FEW_TOKENS = 16  # up to here the weights stream; beyond, Hopper has a better kernel
-SUM_BYTES = 32 * 4  # of a warp for each token (and one between): floats of 32 rows
-
-
-# Products of few tokens whose weights wait in shared memory (linear_bulk.cuh): by bits, (warps, columns of a segment,
-# segments of a warp). On no GPU yet: its last version has run under the emulator only, the one before it on an H100.
+# Up to here products are bound by reading the weights: with Hopper's kernel for more, and with that of all GPUs.
+FEW_TOKENS, FEW_TOKENS_MMA = 16, 64
+MOST_DECODED = 1 << 16  # rows; vocabularies are larger, seldom meet many tokens, and would take a GB of scratch memory
+# Where few tokens' weights wait in shared memory (linear_bulk.cuh). On no GPU yet: its last version has run under the
+# emulator only, the one before it on an H100.
 BULK_ARCHS: tuple[str, ...] = ()
-BULK = {4: (8, 256, 2), 8: (8, 128, 2)}
-MULTIPROCESSORS = 132  # of an H100
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A way to run the streaming kernel: tiles of 8 tokens, and what registers allow for each."""
-
-    tiles: int
-    warps: int
-    ahead: int  # chunks of weights in flight per warp
-    blocks: int  # at once on a multiprocessor
-    prefetch: int = 0  # columns that are brought into the second-level cache at the start
-
-
-# By bits of a weight: for few tokens, kept in shared memory; and for up to 8, 16, 32 and more.
-STAGED = {16: Shape(1, 16, 2, 1), 8: Shape(1, 16, 2, 2), 4: Shape(1, 16, 4, 2)}
-STREAMED = {
-    16: (Shape(1, 8, 4, 2), Shape(2, 8, 4, 2), Shape(4, 8, 2, 2), Shape(8, 8, 1, 1)),
-    8: (Shape(1, 8, 4, 2), Shape(2, 8, 4, 2), Shape(4, 8, 2, 1), Shape(8, 8, 1, 1)),
-    4: (Shape(1, 8, 6, 2), Shape(2, 8, 4, 2), Shape(4, 8, 2, 1), Shape(8, 8, 2, 1)),
-}
 
 
 def linear(spec: Linear, arch: str) -> DeviceKernel:
@@ -89,20 +60,36 @@ class _Linear:
     def code(self, dtypes: Sequence[str]) -> Code:
         functions: dict[str, str] = {}
         spec, fmt = self.spec, self.spec.fmt
-        has_wgmma = self.arch == "sm_90"
         before = self._before(functions, dtypes)
         variants = []
-        if fmt.is_grouped or not has_wgmma or not gemm.fits(spec, fmt):
+        if fmt.is_grouped or not self._has_wgmma:
             variants += self._few_tokens(functions, dtypes, before)
-        if has_wgmma and gemm.fits(spec, fmt):
+        if self._has_wgmma and gemm.fits(spec, fmt):
             variants += self._gemm(functions, dtypes, before)
-        elif has_wgmma and fmt.is_grouped and gemm.fits(spec, F16):
+        elif self._has_wgmma:
             variants += self._decoded_gemm(functions, dtypes, before)
+        elif fmt.is_grouped and not self._is_decoded:
+            launch = self._stream(functions, dtypes, stream.STREAMED[fmt.bits][-1], is_staged=False)
+            variants.append(Variant(1, (*before, launch)))
         else:
-            variants.append(Variant(1, (*before, self._stream(functions, dtypes, STREAMED[fmt.bits][-1], False))))
-        includes = ["linear_bulk.cuh", "norm.cuh", "stored.cuh", *(["gemm_wgmma.cuh"] if has_wgmma else [])]
-        scratch_bytes = ["+", self._token_bytes if before else 0, self._decoded_bytes if has_wgmma else 0]
-        return Code(tuple(includes), functions, tuple(variants), scratch_bytes)
+            variants += self._mma_gemm(functions, dtypes, before)
+        gemm_header = "gemm_wgmma.cuh" if self._has_wgmma else "gemm_mma.cuh"
+        includes = ("linear_bulk.cuh", "norm.cuh", "stored.cuh", gemm_header)
+        scratch_bytes = ["+", self._token_bytes if before else 0, self._decoded_bytes]
+        return Code(includes, functions, tuple(variants), scratch_bytes)
+
+    @property
+    def _has_wgmma(self) -> bool:
+        """Whether Hopper's kernel takes the product, of the matrix as it is stored or decoded."""
+        return self.arch == "sm_90" and gemm.fits(self.spec, F16)
+
+    @property
+    def _is_decoded(self) -> bool:
+        """Whether the format has no kernel of its own for many tokens."""
+        spec = self.spec
+        if self._has_wgmma:
+            return spec.fmt.is_grouped and not gemm.is_q4(spec.fmt)
+        return spec.fmt.is_grouped and (spec.gates_result or spec.out_features <= MOST_DECODED)
 
     @property
     def _token_bytes(self) -> Size:
@@ -110,9 +97,7 @@ class _Linear:
 
     @property
     def _decoded_bytes(self) -> int:
-        """Of the whole matrix in 16 bits, where the format has no kernel of its own for many tokens."""
-        is_decoded = self.spec.fmt.is_grouped and not gemm.is_q4(self.spec.fmt)
-        return self.spec.out_features * self.spec.in_features * 2 if is_decoded else 0
+        return self.spec.out_features * self.spec.in_features * 2 if self._is_decoded else 0
 
     def _few_tokens(
         self, functions: dict[str, str], dtypes: Sequence[str], before: tuple[Launch, ...]
@@ -120,13 +105,14 @@ class _Linear:
         """Kernels that are bound by reading the weights."""
         bits, variants = self.spec.fmt.bits, []
         if self.spec.norm_eps is not None or dtypes[0] == self.operand:
-            if self.arch in BULK_ARCHS and bits in BULK:
-                launch = self._bulk(functions, dtypes, *BULK[bits])
+            if self.arch in BULK_ARCHS and bits in stream.BULK:
+                launch = self._bulk(functions, dtypes)
             else:
-                launch = self._stream(functions, dtypes, STAGED[bits], is_staged=True)
-            variants.append(Variant(["<=", "n", STAGED_TOKENS], (launch,)))
-        for shape in STREAMED[bits]:
-            if 8 * shape.tiles <= FEW_TOKENS or self.arch != "sm_90":
+                launch = self._stream(functions, dtypes, stream.STAGED[bits], is_staged=True)
+            variants.append(Variant(["<=", "n", stream.STAGED_TOKENS], (launch,)))
+        few = FEW_TOKENS if self._has_wgmma else FEW_TOKENS_MMA
+        for shape in stream.STREAMED[bits]:
+            if 8 * shape.tiles <= few:
                 launch = self._stream(functions, dtypes, shape, is_staged=False)
                 variants.append(Variant(["<=", "n", 8 * shape.tiles], (*before, launch)))
         return variants
@@ -149,6 +135,35 @@ class _Linear:
         self, functions: dict[str, str], dtypes: Sequence[str], before: tuple[Launch, ...]
     ) -> list[Variant]:
         """The matrix in 16 bits in scratch memory, then as above: decoding pays where there are many tokens."""
+        decode, matrix = self._decode(functions, before)
+        variants = []
+        for most, tiling in gemm.dense_tilings(self.spec.out_features):
+            if most and most <= FEW_TOKENS:
+                continue
+            maps = [gemm.weight_map(tiling, self.spec, matrix, "float16")]
+            launch = self._gemm_launch(functions, dtypes, tiling, maps, q4=False)
+            variants.append(Variant(["<=", "n", most] if most else 1, (*before, decode, launch)))
+        return variants
+
+    def _mma_gemm(self, functions: dict[str, str], dtypes: Sequence[str], before: tuple[Launch, ...]) -> list[Variant]:
+        """The tensor cores that all GPUs have, on the stored matrix or the decoded one."""
+        spec, out = self.spec, dtypes[-1]
+        if self._is_decoded:
+            decode, matrix = self._decode(functions, before)
+            before = (*before, decode)
+        else:
+            matrix = self._arg(self._matrix)
+        x = scratch() if self._is_copied(dtypes) else tensor(0)
+        args = (x, matrix, self._arg("bias"), self._arg("residual"), self._arg("out"), int32("n"))
+        variants = []
+        for most, tile in gemm_mma.choices(spec.out_features, self.arch):
+            text, launch = gemm_mma.kernel(tile, spec, self.operand, out, self.arch, args)
+            functions[launch.function] = text
+            variants.append(Variant(["<=", "n", most] if most else 1, (*before, launch)))
+        return variants
+
+    def _decode(self, functions: dict[str, str], before: tuple[Launch, ...]) -> tuple[Launch, list[object]]:
+        """The launch that decodes the whole matrix, and the argument that says where it is then."""
         spec, fmt = self.spec, self.spec.fmt
         n, k = spec.out_features, spec.in_features
         name = f"decode_{fmt.name}_{n}x{k}"
@@ -157,15 +172,7 @@ class _Linear:
         functions[name] = definition(name, pointers, body, THREADS)
         matrix = scratch(self._token_bytes if before else 0)
         args = (self._arg("w"), self._arg("scale"), self._arg("minimum"), matrix)
-        decode = Launch(name, (-(-k // 128), -(-n // 16), 1), THREADS, args)
-        variants = []
-        for most, tiling in gemm.dense_tilings(n):
-            if most and most <= FEW_TOKENS:
-                continue
-            maps = [gemm.weight_map(tiling, spec, matrix, "float16")]
-            launch = self._gemm_launch(functions, dtypes, tiling, maps, q4=False)
-            variants.append(Variant(["<=", "n", most] if most else 1, (*before, decode, launch)))
-        return variants
+        return Launch(name, (-(-k // 128), -(-n // 16), 1), THREADS, args), matrix
 
     def _gemm_launch(
         self, functions: dict[str, str], dtypes: Sequence[str], tiling: gemm.Tiling, maps: list[list[object]], q4: bool
@@ -212,57 +219,23 @@ class _Linear:
         grid = (ceildiv(groups, THREADS), 1, 1)
         return (Launch(name, grid, THREADS, (tensor(0), scratch(), int32(groups))),)
 
-    def _stream(self, functions: dict[str, str], dtypes: Sequence[str], shape: Shape, is_staged: bool) -> Launch:
+    def _stream(self, functions: dict[str, str], dtypes: Sequence[str], shape: stream.Shape, is_staged: bool) -> Launch:
         """The kernel that is bound by reading the weights."""
-        spec, fmt = self.spec, self.spec.fmt
-        n, k = spec.out_features, spec.in_features
-        has_norm = is_staged and spec.norm_eps is not None
-        flags = {"staged": is_staged, "norm": has_norm, "gated": spec.gates_result}
-        words = [fmt.name, f"{n}x{k}", *(word for word, on in flags.items() if on), dtypes[-1], str(8 * shape.tiles)]
-        name = "_".join(["linear", *words])
-        weights = _weights_type(fmt, n, k, spec.gates_result)
-        sizes = f"{n}, {k}, {shape.tiles}, {shape.warps}, {shape.ahead}, {shape.prefetch}"
-        template = f"StreamSpec<{weights}, {C_TYPES[dtypes[-1]]}, {sizes}, {', '.join(map(cpp, flags.values()))}>"
-        fields = f"{{x, norm, w, scale, minimum, bias, residual, out, n, {spec.norm_eps or 0.0!r}f}}"
-        threads = 32 * shape.warps
-        body = f"linear_stream<{template}>({fields});"
-        functions[name] = definition(name, LINEAR_PARAMS, body, threads, shape.blocks)
-        shared: Size = SUM_BYTES * shape.warps * ((STAGED_TOKENS if is_staged else 8 * shape.tiles) + 1)
-        if is_staged:
-            shared = ["+", shared, times("n", k * 2 + (64 if k * 2 % 128 == 0 else 0))]
-        row_blocks = n // 32 if spec.gates_result else -(-n // 32)
-        grid = (row_blocks, 1 if is_staged else ceildiv("n", 8 * shape.tiles), 1)
         x = scratch() if not is_staged and self._is_copied(dtypes) else tensor(0)
-        args = [x, *(self._arg(p) for p in LINEAR_ARGS), int32("n")]
-        return Launch(name, grid, threads, tuple(args), shared)
+        text, launch = stream.stream(self.spec, dtypes[-1], shape, is_staged, self._stream_args(x))
+        functions[launch.function] = text
+        return launch
 
-    def _bulk(self, functions: dict[str, str], dtypes: Sequence[str], warps: int, segment: int, stages: int) -> Launch:
-        """The same with bulk copies into shared memory, for at most STAGED_TOKENS tokens."""
-        spec, fmt = self.spec, self.spec.fmt
-        n, k, has_norm = spec.out_features, spec.in_features, spec.norm_eps is not None
-        flags = (*(["norm"] if has_norm else []), *(["gated"] if spec.gates_result else []))
-        name = "_".join(["linear_bulk", fmt.name, f"{n}x{k}", *flags, dtypes[-1]])
-        sizes = f"{n}, {k}, {warps}, {segment}, {stages}, {cpp(has_norm)}, {cpp(spec.gates_result)}, false"
-        template = f"BulkSpec<{_weights_type(fmt, n, k, spec.gates_result)}, {C_TYPES[dtypes[-1]]}, {sizes}>"
-        fields = f"{{x, norm, w, scale, minimum, bias, residual, out, n, {spec.norm_eps or 0.0!r}f}}"
-        functions[name] = definition(name, LINEAR_PARAMS, f"linear_bulk<{template}>({fields});", 32 * warps, 2)
-        parts = 2 if fmt.has_minimum else 1
-        stage = 2 * (segment * fmt.bits * 2 + segment // fmt.group * 32 * parts)
-        tokens = times("n", k * 2 + (64 if k * 2 % 128 == 0 else 0))
-        shared: Size = ["+", warps * (stages * stage + 1280), tokens]
-        row_blocks = n // 32 if spec.gates_result else -(-n // 32)
-        grid = (min(row_blocks, MULTIPROCESSORS), 1, 1)
-        args = [tensor(0), *(self._arg(p) for p in LINEAR_ARGS), int32("n")]
-        return Launch(name, grid, 32 * warps, tuple(args), shared, is_shared_heavy=True)
+    def _bulk(self, functions: dict[str, str], dtypes: Sequence[str]) -> Launch:
+        text, launch = stream.bulk(self.spec, dtypes[-1], self._stream_args(tensor(0)))
+        functions[launch.function] = text
+        return launch
+
+    def _stream_args(self, x: list[object]) -> list[list[object]]:
+        return [x, *(self._arg(p) for p in stream.ARGS), int32("n")]
 
     def _arg(self, name: str) -> list[object]:
         return tensor(self.params.index(name)) if name in self.params else null()
-
-
-def _weights_type(fmt: WeightFormat, n: int, k: int, gated: bool) -> str:
-    if fmt.is_grouped:
-        return f"GroupWeights<{fmt.bits}, {fmt.group}, {cpp(fmt.has_minimum)}, {n}, {k}, {cpp(gated)}>"
-    return f"FloatWeights<{C_TYPES[fmt.dtype]}, {n}, {k}, {cpp(gated)}>"
 
 
 def _identifier(value: float) -> str:

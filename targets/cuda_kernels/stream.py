@@ -1,0 +1,97 @@
+"""Products of few tokens, bound by reading the weights (linear_stream.cuh, linear_bulk.cuh): shapes and kernels."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from mlcgen.runtime.sizes import Size
+from mlcgen.targets.base import Linear
+from mlcgen.targets.device_kernel import Launch, ceildiv, times
+
+from .code import C_TYPES, cpp, definition
+
+STAGED_TOKENS = 4  # up to here each block keeps, and normalizes, the tokens itself; more are normalized once, before
+ARGS = ("norm", "w", "scale", "minimum", "bias", "residual", "out")  # between x and n
+PARAMS = [
+    *("const void* x", "const float* norm", "const void* w", "const void* scale", "const void* minimum"),
+    *("const float* bias", "const float* residual", "void* out", "int n"),
+]
+SUM_BYTES = 32 * 4  # of a warp for each token (and one between): floats of 32 rows
+MULTIPROCESSORS = 132  # of an H100
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A way to run the streaming kernel: tiles of 8 tokens, and what registers allow for each."""
+
+    tiles: int
+    warps: int
+    ahead: int  # chunks of weights in flight per warp
+    blocks: int  # at once on a multiprocessor
+    prefetch: int = 0  # columns that are brought into the second-level cache at the start
+
+
+# By bits of a weight: for few tokens, kept in shared memory; and for up to 8, 16, 32 and more.
+STAGED = {16: Shape(1, 16, 2, 1), 8: Shape(1, 16, 2, 2), 4: Shape(1, 16, 4, 2)}
+STREAMED = {
+    16: (Shape(1, 8, 4, 2), Shape(2, 8, 4, 2), Shape(4, 8, 2, 2), Shape(8, 8, 1, 1)),
+    8: (Shape(1, 8, 4, 2), Shape(2, 8, 4, 2), Shape(4, 8, 2, 1), Shape(8, 8, 1, 1)),
+    4: (Shape(1, 8, 6, 2), Shape(2, 8, 4, 2), Shape(4, 8, 2, 1), Shape(8, 8, 2, 1)),
+}
+# By bits: (warps, columns of a segment, segments of a warp) of the kernel whose weights wait in shared memory.
+BULK = {4: (8, 256, 2), 8: (8, 128, 2)}
+
+
+def stream(spec: Linear, out: str, shape: Shape, is_staged: bool, args: list[list[Any]]) -> tuple[str, Launch]:
+    """(definition, launch) of the kernel that reads weights into registers."""
+    fmt, n, k = spec.fmt, spec.out_features, spec.in_features
+    has_norm = is_staged and spec.norm_eps is not None
+    flags = {"staged": is_staged, "norm": has_norm, "gated": spec.gates_result}
+    words = [fmt.name, f"{n}x{k}", *(word for word, on in flags.items() if on), out, str(8 * shape.tiles)]
+    name = "_".join(["linear", *words])
+    sizes = f"{n}, {k}, {shape.tiles}, {shape.warps}, {shape.ahead}, {shape.prefetch}"
+    template = f"StreamSpec<{_weights_type(spec)}, {C_TYPES[out]}, {sizes}, {', '.join(map(cpp, flags.values()))}>"
+    threads = 32 * shape.warps
+    text = definition(name, PARAMS, f"linear_stream<{template}>({_fields(spec)});", threads, shape.blocks)
+    shared: Size = SUM_BYTES * shape.warps * ((STAGED_TOKENS if is_staged else 8 * shape.tiles) + 1)
+    if is_staged:
+        shared = ["+", shared, _token_bytes(k)]
+    grid = (_row_blocks(spec), 1 if is_staged else ceildiv("n", 8 * shape.tiles), 1)
+    return text, Launch(name, grid, threads, tuple(args), shared)
+
+
+def bulk(spec: Linear, out: str, args: list[list[Any]]) -> tuple[str, Launch]:
+    """The same with bulk copies into shared memory, for at most STAGED_TOKENS tokens."""
+    fmt, n, k, has_norm = spec.fmt, spec.out_features, spec.in_features, spec.norm_eps is not None
+    warps, segment, stages = BULK[fmt.bits]
+    flags = (*(["norm"] if has_norm else []), *(["gated"] if spec.gates_result else []))
+    name = "_".join(["linear_bulk", fmt.name, f"{n}x{k}", *flags, out])
+    sizes = f"{n}, {k}, {warps}, {segment}, {stages}, {cpp(has_norm)}, {cpp(spec.gates_result)}, false"
+    template = f"BulkSpec<{_weights_type(spec)}, {C_TYPES[out]}, {sizes}>"
+    text = definition(name, PARAMS, f"linear_bulk<{template}>({_fields(spec)});", 32 * warps, 2)
+    parts = 2 if fmt.has_minimum else 1
+    stage = 2 * (segment * fmt.bits * 2 + segment // fmt.group * 32 * parts)
+    shared: Size = ["+", warps * (stages * stage + 1280), _token_bytes(k)]
+    grid = (min(_row_blocks(spec), MULTIPROCESSORS), 1, 1)
+    return text, Launch(name, grid, 32 * warps, tuple(args), shared, is_shared_heavy=True)
+
+
+def _fields(spec: Linear) -> str:
+    """LinearArgs."""
+    return f"{{x, norm, w, scale, minimum, bias, residual, out, n, {spec.norm_eps or 0.0!r}f}}"
+
+
+def _row_blocks(spec: Linear) -> int:
+    """Of 32 rows, or 16 of the gate and 16 of the up projection."""
+    return -(-spec.out_features // 32)
+
+
+def _token_bytes(k: int) -> Size:
+    """Of all tokens in shared memory, spread over its banks."""
+    return times("n", k * 2 + (64 if k * 2 % 128 == 0 else 0))
+
+
+def _weights_type(spec: Linear) -> str:
+    fmt, sizes = spec.fmt, f"{spec.out_features}, {spec.in_features}, {cpp(spec.gates_result)}"
+    if fmt.is_grouped:
+        return f"GroupWeights<{fmt.bits}, {fmt.group}, {cpp(fmt.has_minimum)}, {sizes}>"
+    return f"FloatWeights<{C_TYPES[fmt.dtype]}, {sizes}>"
