@@ -1,7 +1,7 @@
 """The CUDA target's attention alone: decoding against the card's copy bandwidth, prompts against PyTorch's SDPA.
 
-    python benchmarks/attention_cuda.py build /tmp/attention      # anywhere: needs the compiler, no GPU
-    python benchmarks/attention_cuda.py run /tmp/attention        # on the GPU: needs neither
+    python benchmarks/attention_cuda.py build DIR      # anywhere: needs the compiler, no GPU
+    python benchmarks/attention_cuda.py run DIR        # on the GPU: needs neither
 
 Llama-3-8B's heads (32 query, 8 key/value, 128 values each), pages of 16 tokens, float16. A time is that of one launch
 in a graph of many; those take turns with caches that together exceed the second-level cache.
