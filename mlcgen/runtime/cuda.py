@@ -20,7 +20,7 @@ _U64, _SIZE, _PTR, _INT, _UINT = ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void
 
 CUDA_VERSION = 13000  # of the machine code, as drivers report theirs
 _OUT_OF_MEMORY, _NO_DEVICE = 2, 100
-_MAJOR, _MINOR, _MULTIPROCESSORS, _SHARED_OPTIN = 75, 76, 16, 97  # CUdevice_attribute
+_MAJOR, _MINOR, _SHARED_OPTIN = 75, 76, 97  # CUdevice_attribute
 _STATIC_SHARED, _MAX_DYNAMIC_SHARED, _CARVEOUT = 1, 8, 9  # CUfunction_attribute
 _CAPTURE_RELAXED = 2
 _NON_BLOCKING = 1
@@ -130,10 +130,6 @@ class CudaDevice:
         buffer = ctypes.create_string_buffer(256)
         self._check("cuDeviceGetName", self._cuda.cuDeviceGetName(buffer, 256, self._device))
         return buffer.value.decode()
-
-    @property
-    def num_multiprocessors(self) -> int:
-        return self._attribute(_MULTIPROCESSORS)
 
     def _attribute(self, which: int) -> int:
         value = _INT()

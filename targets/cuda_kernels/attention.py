@@ -19,10 +19,9 @@ from mlcgen.targets.device_kernel import (
     times,
 )
 
-from .code import C_TYPES, HALVES, definition
+from .code import C_TYPES, HALVES, MULTIPROCESSORS, definition
 
 DECODE_KEYS = 16  # of a tile
-MULTIPROCESSORS = 132  # of an H100: how many blocks fill a GPU
 
 # (warps, stages) of decode and (warps, blocks of 16 rows per warp, keys of a tile) of prefill, by head_dim: what 227 KB
 # of shared memory a multiprocessor (sm_90) and 255 registers a thread allow, and what 99 KB do (sm_86, sm_89).
@@ -59,7 +58,7 @@ def paged_attention(
         Param("positions", ("n",), "int32"),
         Param("out", q_shape, "float32", HALVES),
     )
-    group = num_heads // num_kv_heads
+    group, multiprocessors = num_heads // num_kv_heads, MULTIPROCESSORS.get(arch, MULTIPROCESSORS["sm_80"])
     sizes = f"{num_kv_heads}, {group}, {head_dim}, {page_size}, {window}"
 
     def code(dtypes: Sequence[str]) -> Code:
@@ -73,6 +72,7 @@ def paged_attention(
             head_dim,
             page_size,
             scale,
+            multiprocessors,
         )
         is_small = arch in SMALL_ARCHS
         shape = (PREFILL_SMALL if is_small else PREFILL)[head_dim]
@@ -86,7 +86,7 @@ def paged_attention(
             ("attention_decode.cuh", "attention_prefill.cuh"),
             {launch.function: text for launch, text in launches},
             tuple(variants),
-            scratch=times(_blocks(num_kv_heads), num_heads * (head_dim + 1) * 4),
+            scratch=times(_blocks(num_kv_heads, multiprocessors), num_heads * (head_dim + 1) * 4),
             counters=times("seqs", num_kv_heads * 4),
         )
 
@@ -109,6 +109,7 @@ class _Layer:
     head_dim: int
     page_size: int
     scale: float
+    multiprocessors: int
 
     @property
     def params(self) -> list[str]:
@@ -116,12 +117,12 @@ class _Layer:
         return [*pointers, "const i32* block_table", "const i32* seq_lens"]
 
 
-def _blocks(num_kv_heads: int) -> Size:
+def _blocks(num_kv_heads: int, multiprocessors: int) -> Size:
     """Blocks that share the keys of all sequences: one for each, and more for the longest to be cut into pieces.
 
     One wave of blocks where sequences are few; where they are many, smaller pieces, which even out their lengths.
     """
-    few = max(MULTIPROCESSORS // num_kv_heads, 1)
+    few = max(multiprocessors // num_kv_heads, 1)
     is_few = ["<=", "seqs", few]
     return ["+", "seqs", ["+", times(is_few, few), times(["-", 1, is_few], 4 * few)]]
 
@@ -134,7 +135,7 @@ def _decode(layer: _Layer, shape: tuple[int, int]) -> tuple[Launch, str]:
     body += "(out, q, pages, block_table, seq_lens, partials, arrivals, seqs, table_stride, scale, 0);"
     args = (*map(tensor, (6, 0, 1, 2, 3)), scratch(), counters(), int32("seqs"), int32("blocks"), float32(layer.scale))
     shared = warps * stages * 2 * DECODE_KEYS * layer.head_dim * 2
-    grid = (layer.num_kv_heads, _blocks(layer.num_kv_heads), 1)
+    grid = (layer.num_kv_heads, _blocks(layer.num_kv_heads, layer.multiprocessors), 1)
     return Launch(name, grid, warps * 32, args, shared), definition(name, params, body, warps * 32)
 
 

@@ -13,6 +13,7 @@ C_TYPES = {
     "uint8": "u8",
 }
 HALVES = ("float16", "bfloat16")
+MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148}  # of the larger GPUs
 
 
 def stored_type(fmt: WeightFormat, columns: int) -> str:

@@ -9,9 +9,8 @@ from mlcgen.runtime.sizes import Size
 from mlcgen.targets.base import Linear
 from mlcgen.targets.device_kernel import ceildiv, times
 
-from .code import C_TYPES, cpp
+from .code import C_TYPES, MULTIPROCESSORS, cpp
 
-MULTIPROCESSORS = 132  # of an H100
 BLOCK_K = 64
 SWIZZLE_128, NO_SWIZZLE = 3, 0  # CUtensorMapSwizzle
 
@@ -38,7 +37,7 @@ class Tiling:
         cluster = self.share * self.split
         per_worker = -(-features // (self.features(is_gated) * self.share))
         tiles = times(per_worker, ceildiv("n", self.tokens))
-        return times(["min", MULTIPROCESSORS // cluster, tiles], cluster)
+        return times(["min", MULTIPROCESSORS["sm_90"] // cluster, tiles], cluster)
 
     def shared(self, out_bytes: int, is_gated: bool, is_q4: bool) -> int:
         """Bytes: the ring of stages, the slabs that results are stored through, sums of other blocks, barriers."""
@@ -56,7 +55,7 @@ class Tiling:
 
 def dense_tilings(rows: int) -> list[tuple[int, Tiling]]:
     """(tokens up to which, tiling) for a matrix of so many rows; measured on an H100."""
-    one_wave = 66 < rows // 64 <= MULTIPROCESSORS
+    one_wave = 66 < rows // 64 <= MULTIPROCESSORS["sm_90"]
     return [
         (16, Tiling(16, 1, 1, 1 if one_wave else 2, 20)),
         (32, Tiling(32, 1, 1, 2, 16)),

@@ -6,11 +6,10 @@ from typing import Any
 from mlcgen.targets.base import Linear
 from mlcgen.targets.device_kernel import Launch, ceildiv
 
-from .code import C_TYPES, cpp, definition
+from .code import C_TYPES, MULTIPROCESSORS, cpp, definition
 
 THREADS = 128
 BLOCKS = 2  # at once on a multiprocessor
-MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148}  # of the larger GPUs
 KB = 1024
 # Of a block. Two of them fit a multiprocessor that has 100 KB (sm_86, sm_89, perhaps what runs compute_80) or more.
 SHARED = {"sm_80": 64 * KB, "sm_90": 64 * KB, "sm_100": 64 * KB}

@@ -60,7 +60,7 @@ struct Segment<GroupWeights<BITS, GROUP, HAS_MINIMUM, N, K, GATED>, COLUMNS> {
 // EARLY: the next kernel's blocks may be placed, and fill their rings, before the previous kernel has ended.
 template <class Weights_, class Out_, int N_, int K_, int WARPS_, int SEGMENT_, int STAGES_, bool NORM_, bool GATED_,
           bool EARLY_>
-struct BulkSpec : StreamSpec<Weights_, Out_, N_, K_, 1, WARPS_, 1, 0, true, NORM_, GATED_> {
+struct BulkSpec : StreamSpec<Weights_, Out_, N_, K_, 1, WARPS_, 1, true, NORM_, GATED_> {
   using Stored = Segment<Weights_, SEGMENT_>;
   static constexpr int TOKENS_AT_MOST = 4;
   static constexpr bool EARLY = EARLY_;

@@ -3,13 +3,13 @@
 // A block takes 32 rows of W, its warps every WARPS-th chunk of 32 columns. Weights go from memory into registers,
 // several chunks ahead, and from there into tensor cores: rows are the M side of the product, tokens the N side, padded
 // to 8. The warps' partial sums meet in shared memory. The first weights are asked for before the kernel that computes
-// x has ended, more of them than registers hold by bringing them into the second-level cache.
+// x has ended.
 #pragma once
 #include "weights.cuh"
 
 // STAGED: x, at most as many tokens as `shared` has room for, lies in shared memory; NORM: normalized on its way there.
-template <class Weights_, class Out_, int N_, int K_, int TOKEN_TILES_, int WARPS_, int AHEAD_, int PREFETCH_,
-          bool STAGED_, bool NORM_, bool GATED_>
+template <class Weights_, class Out_, int N_, int K_, int TOKEN_TILES_, int WARPS_, int AHEAD_, bool STAGED_,
+          bool NORM_, bool GATED_>
 struct StreamSpec {
   using Weights = Weights_;
   using Out = Out_;
@@ -19,7 +19,6 @@ struct StreamSpec {
   static constexpr int TOKENS = TOKEN_TILES * 8;
   static constexpr int WARPS = WARPS_, THREADS = WARPS * WARP;
   static constexpr int AHEAD = AHEAD_;                // chunks in flight per warp
-  static constexpr int PREFETCH = PREFETCH_ < K ? PREFETCH_ / 128 * 128 : K;  // columns
   static constexpr int CHUNKS = (K + CHUNK - 1) / CHUNK;
   static constexpr int STEPS = (CHUNKS + WARPS - 1) / WARPS;  // of a warp
   static constexpr bool STAGED = STAGED_, NORM = NORM_, GATED = GATED_;
@@ -147,7 +146,6 @@ template <class S> DEVICE void linear_stream(const LinearArgs& args) {
   for (int i = 0; i < S::AHEAD; i++) {
     if (warp + i * S::WARPS < S::CHUNKS) chunks[i] = weights.load(warp + i * S::WARPS, lane);
   }
-  if (S::PREFETCH > 0) Weights::prefetch_rows(args.w, args.scale, args.minimum, blockIdx.x, S::PREFETCH);
   wait_for_previous();
   let_next_start();
   if constexpr (S::NORM) normalize_tokens<S, typename Weights::Operand>(staged, args);

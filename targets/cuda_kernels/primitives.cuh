@@ -155,13 +155,6 @@ DEVICE bool arrives_last(u32* counter, u32 arrivals) {
 // Whether `v` is true for some lane.
 DEVICE bool any_lane(bool v) { return __any_sync(0xffffffffu, v); }
 
-// Asks for `bytes` (a multiple of 16, at a multiple of 16) to be brought into the second-level cache.
-DEVICE void prefetch(const void* p, u32 bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
-#endif
-}
-
 // Bulk copies (sm_90): one thread asks for many bytes from global memory, which count at a barrier in shared memory as
 // they arrive there. The barrier's phases have parity 0, 1, 0, ...; one ends when all that expect_bulk() said is there.
 DEVICE void init_bulk_barrier(u64* barrier) {

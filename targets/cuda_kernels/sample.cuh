@@ -36,22 +36,8 @@ template <int THREADS> DEVICE Best block_best(Best best) {
   return best;
 }
 
-// ids, values (rows,): the most likely token of each row of logits (rows, vocab) and its logit. One block a row.
-template <int THREADS> DEVICE void argmax(const float* logits, i32* ids, float* values, int vocab) {
-  wait_for_previous();
-  let_next_start();
-  const float* row = logits + i64(blockIdx.x) * vocab;
-  Best best = {-infinity(), 0};
-  for (int i = threadIdx.x; i < vocab; i += THREADS) best = better(best, {row[i], i});
-  best = block_best<THREADS>(best);
-  if (threadIdx.x == 0) {
-    ids[blockIdx.x] = best.index;
-    values[blockIdx.x] = best.value;
-  }
-}
-
-// The same with a row's blocks (gridDim.x) each at a part of it. parts (rows, gridDim.x); counters (rows,): 0 before
-// and after.
+// ids, values (rows,): the most likely token of each row of logits (rows, vocab) and its logit. A row's blocks (gridDim.x)
+// take a part of it each. parts (rows, gridDim.x); counters (rows,): 0 before and after.
 template <int THREADS>
 DEVICE void argmax_of_parts(const float* logits, Best* parts, u32* counters, i32* ids, float* values, int vocab) {
   const int row = blockIdx.y, num_parts = gridDim.x, length = (vocab + num_parts - 1) / num_parts;

@@ -7,7 +7,7 @@ from mlcgen.runtime.sizes import Size
 from mlcgen.targets.base import Linear
 from mlcgen.targets.device_kernel import Launch, ceildiv, times
 
-from .code import C_TYPES, cpp, definition
+from .code import C_TYPES, MULTIPROCESSORS, cpp, definition
 
 STAGED_TOKENS = 4  # up to here each block keeps, and normalizes, the tokens itself; more are normalized once, before
 ARGS = ("norm", "w", "scale", "minimum", "bias", "residual", "out")  # between x and n
@@ -16,7 +16,6 @@ PARAMS = [
     *("const float* bias", "const float* residual", "void* out", "int n"),
 ]
 SUM_BYTES = 32 * 4  # of a warp for each token (and one between): floats of 32 rows
-MULTIPROCESSORS = 132  # of an H100
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,6 @@ class Shape:
     warps: int
     ahead: int  # chunks of weights in flight per warp
     blocks: int  # at once on a multiprocessor
-    prefetch: int = 0  # columns that are brought into the second-level cache at the start
 
 
 # By bits of a weight: for few tokens, kept in shared memory; and for up to 8, 16, 32 and more.
@@ -48,7 +46,7 @@ def stream(spec: Linear, out: str, shape: Shape, is_staged: bool, args: list[lis
     flags = {"staged": is_staged, "norm": has_norm, "gated": spec.gates_result}
     words = [fmt.name, f"{n}x{k}", *(word for word, on in flags.items() if on), out, str(8 * shape.tiles)]
     name = "_".join(["linear", *words])
-    sizes = f"{n}, {k}, {shape.tiles}, {shape.warps}, {shape.ahead}, {shape.prefetch}"
+    sizes = f"{n}, {k}, {shape.tiles}, {shape.warps}, {shape.ahead}"
     template = f"StreamSpec<{_weights_type(spec)}, {C_TYPES[out]}, {sizes}, {', '.join(map(cpp, flags.values()))}>"
     threads = 32 * shape.warps
     text = definition(name, PARAMS, f"linear_stream<{template}>({_fields(spec)});", threads, shape.blocks)
@@ -71,7 +69,7 @@ def bulk(spec: Linear, out: str, args: list[list[Any]]) -> tuple[str, Launch]:
     parts = 2 if fmt.has_minimum else 1
     stage = 2 * (segment * fmt.bits * 2 + segment // fmt.group * 32 * parts)
     shared: Size = ["+", warps * (stages * stage + 1280), _token_bytes(k)]
-    grid = (min(_row_blocks(spec), MULTIPROCESSORS), 1, 1)
+    grid = (min(_row_blocks(spec), MULTIPROCESSORS["sm_90"]), 1, 1)
     return text, Launch(name, grid, 32 * warps, tuple(args), shared, is_shared_heavy=True)
 
 

@@ -71,13 +71,6 @@ template <class T, int N, int K, bool GATED> struct FloatWeights {
     for (int i = 0; i < 4; i++) c.row[i] = inside ? load_once(row[i] + chunk * CHUNK) : make_uint4(0, 0, 0, 0);
     return c;
   }
-  // Asks for the first `columns` of all 32 rows; threads 0-31 of a block do.
-  DEVICE static void prefetch_rows(const void* w, const void*, const void*, int block, int columns) {
-    int thread = threadIdx.x;
-    if (thread < CHUNK) {
-      prefetch(static_cast<const T*>(w) + i64(Rows<N, GATED>::matrix_row(block, thread)) * K, columns * sizeof(T));
-    }
-  }
   DEVICE static uint4 prepare(const uint4& x) { return x; }
 
   template <int TILES> DEVICE static void multiply(float (&sum)[2][TILES][4], const Chunk& c, const uint4 (&x)[TILES]) {
@@ -140,15 +133,6 @@ template <int BITS, int GROUP, bool HAS_MINIMUM, int N, int K, bool GATED> struc
     for (int i = 0; i < LOADS; i++) c.codes[i] = make_uint4(0, 0, 0, 0);
     c.scale = c.minimum = make_uint2(0, 0);
     return c;
-  }
-
-  DEVICE static void prefetch_rows(const void* w, const void* scales, const void* minima, int block, int columns) {
-    if (threadIdx.x >= 2) return;
-    i64 tile = Rows<N, GATED>::matrix_tile(block, threadIdx.x);
-    prefetch(static_cast<const u8*>(w) + tile * WORDS * TILE * 4, columns * BITS / 32 * TILE * 4);
-    i64 groups = tile * (K / GROUP) * TILE;
-    prefetch(static_cast<const f16*>(scales) + groups, columns / GROUP * TILE * 2);
-    if (HAS_MINIMUM) prefetch(static_cast<const f16*>(minima) + groups, columns / GROUP * TILE * 2);
   }
 
   // 4 bits: columns in the order 0 2, 1 3, 4 6, 5 7, the last four (high nibbles) divided by 16.

@@ -16,8 +16,6 @@ DEFINITION = 'extern "C" __global__'
 class EmulatedDevice:
     """Stands in for runtime.cuda.CudaDevice; `load` takes the CUDA C++ text instead of machine code."""
 
-    num_multiprocessors = 4
-
     def __init__(self) -> None:
         self.launched: list[str] = []
         self._memory: dict[int, np.ndarray] = {}

@@ -54,7 +54,6 @@ def test_what_the_device_is(driver: FakeDriver) -> None:
     driver.set(arch=120, memory=1 << 40)
     device = CudaDevice()
     assert device.name == "Fake GPU 120"
-    assert device.num_multiprocessors == 132
     assert device.memory() == (1 << 40, 1 << 40)
     assert cuda.compute_capability() == "sm_120"
     assert cuda.missing() is None
@@ -464,7 +463,7 @@ def capture(device: CudaDevice) -> None:
 
 CALLS: dict[str, Callable[[CudaDevice, dict[str, Any]], Any]] = {
     "cuDeviceGetName": lambda d, _: d.name,
-    "cuDeviceGetAttribute": lambda d, _: d.num_multiprocessors,
+    "cuDeviceGetAttribute": lambda d, _: d.load(b"*", []),
     "cuMemGetInfo_v2": lambda d, _: d.memory(),
     "cuMemAlloc_v2": lambda d, _: d.allocate(64, "more"),
     "cuMemsetD8Async": lambda d, _: d.allocate(64, "more"),

@@ -190,7 +190,6 @@ DEVICE bool any_lane(bool v) {
   });
 }
 
-DEVICE void prefetch(const void*, u32) {}
 
 namespace emulator {
 
