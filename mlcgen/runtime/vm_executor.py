@@ -23,9 +23,12 @@ KV_STORAGE = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
 _CPU, _POOLED = 1, 2  # DLPack device type; the VM's pooled allocator
 
 
+_loaded: list[ctypes.CDLL] = []  # one at most: a second copy, another artifact's, would abort the process
+
+
 def load_runtime_library(carried: Path | None) -> None:
     """TVM's runtime library: the installed one of the version we pin, else the artifact's own copy."""
-    if "tvm" in sys.modules:  # the compiler brought it
+    if _loaded or "tvm" in sys.modules:  # the compiler brought it
         return
     path = installed_runtime_library() or carried
     if path is None:
@@ -34,7 +37,7 @@ def load_runtime_library(carried: Path | None) -> None:
         import tvm_ffi  # noqa: F401  (the library's symbols come from it)
 
     try:
-        ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+        _loaded.append(ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL))
     except OSError as error:
         raise ArtifactError(f"cannot load {path}: {error}") from error
 

@@ -132,6 +132,21 @@ def test_the_simulated_absence_is_one(artifact_path: Path) -> None:
     assert "ArtifactError" in done.stderr
 
 
+def test_two_artifacts_in_one_process(artifact_path: Path) -> None:
+    """Each carries the library, and it can be loaded once only."""
+    other = shutil.copytree(artifact_path, artifact_path.parent / "other")
+    alone = HIDE.format(absent=ABSENT) + RUN.format(path=str(artifact_path), prompts=PROMPTS)
+    done = subprocess.run(
+        [sys.executable, "-c", alone + RUN.format(path=str(other), prompts=PROMPTS)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads(line)["ids"] for line in done.stdout.splitlines())
+    assert first == second
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
 @pytest.mark.parametrize("first", [True, False])
 def test_torch_can_still_be_used(artifact_path: Path, first: bool) -> None:
