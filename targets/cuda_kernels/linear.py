@@ -27,9 +27,7 @@ THREADS = 256  # of the kernels before
 # Up to here products are bound by reading the weights: with Hopper's kernel for more, and with that of all GPUs.
 FEW_TOKENS, FEW_TOKENS_MMA = 16, 64
 MOST_DECODED = 1 << 16  # rows; vocabularies are larger, seldom meet many tokens, and would take a GB of scratch memory
-# Where few tokens' weights wait in shared memory (linear_bulk.cuh). On no GPU yet: its last version has run under the
-# emulator only, the one before it on an H100.
-BULK_ARCHS: tuple[str, ...] = ()
+BULK_ARCHS = ("sm_90",)  # where few tokens' weights wait in shared memory (linear_bulk.cuh)
 
 
 def linear(spec: Linear, arch: str) -> DeviceKernel:
@@ -62,7 +60,7 @@ class _Linear:
         spec, fmt = self.spec, self.spec.fmt
         before = self._before(functions, dtypes)
         variants = []
-        if fmt.is_grouped or not self._has_wgmma:
+        if self._has_bulk or not self._has_dense_gemm:
             variants += self._few_tokens(functions, dtypes, before)
         if self._has_wgmma and gemm.fits(spec, fmt):
             variants += self._gemm(functions, dtypes, before)
@@ -84,6 +82,16 @@ class _Linear:
         return self.arch == "sm_90" and gemm.fits(self.spec, F16)
 
     @property
+    def _has_dense_gemm(self) -> bool:
+        """Whether Hopper's kernel takes the matrix as it is stored, without codes, and then any number of tokens."""
+        return self._has_wgmma and not self.spec.fmt.is_grouped
+
+    @property
+    def _has_bulk(self) -> bool:
+        """Whether the kernel for few tokens is that whose weights wait in shared memory."""
+        return self.arch in BULK_ARCHS and self.spec.in_features % 32 == 0 and stream.bulk_tokens(self.spec) > 0
+
+    @property
     def _is_decoded(self) -> bool:
         """Whether the format has no kernel of its own for many tokens."""
         spec = self.spec
@@ -103,13 +111,16 @@ class _Linear:
         self, functions: dict[str, str], dtypes: Sequence[str], before: tuple[Launch, ...]
     ) -> list[Variant]:
         """Kernels that are bound by reading the weights."""
-        bits, variants = self.spec.fmt.bits, []
+        bits, variants = self.spec.fmt.bits, list[Variant]()
         if self.spec.norm_eps is not None or dtypes[0] == self.operand:
-            if self.arch in BULK_ARCHS and bits in stream.BULK:
-                launch = self._bulk(functions, dtypes)
+            if self._has_bulk:
+                most, launch = stream.bulk_tokens(self.spec), self._bulk(functions, dtypes)
             else:
                 launch = self._stream(functions, dtypes, stream.STAGED[bits], is_staged=True)
-            variants.append(Variant(["<=", "n", stream.STAGED_TOKENS], (launch,)))
+                most = stream.STAGED_TOKENS
+            variants.append(Variant(["<=", "n", most], (launch,)))
+        if self._has_dense_gemm:
+            return variants
         few = FEW_TOKENS if self._has_wgmma else FEW_TOKENS_MMA
         for shape in stream.STREAMED[bits]:
             if 8 * shape.tiles <= few:

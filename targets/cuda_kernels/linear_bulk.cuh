@@ -1,19 +1,45 @@
 // out = f(x) W^T for at most 4 tokens on sm_90: as linear_stream.cuh, but weights wait for x in shared memory.
 //
 // What bounds such a product is how early its weights are asked for. Here each warp has a ring of STAGES segments,
-// 32 rows by SEGMENT columns, that bulk copies fill: far more bytes in flight than registers hold. Blocks stay and take
-// every gridDim.x-th 32 rows, so a ring goes on to the next rows while the sums of these are stored. A grid of one
-// block per multiprocessor, of less than half its shared memory, leaves room for the next kernel's blocks, whose rings
-// fill before this kernel has ended. (The host asks for all of the memory as shared memory, for this kernel and those
-// around it: a multiprocessor must be empty to divide it anew.)
+// 32 rows by SEGMENT columns, that bulk copies fill: far more bytes in flight than registers hold. The rings of a block
+// take more than half of a multiprocessor's memory, so that none ever has two blocks: the hardware places a block where
+// most is free, and would give two to those that the kernel before left empty, and none to others. A block starts, and
+// fills its rings, as soon as the kernel before has left its multiprocessor. Blocks stay and take every gridDim.x-th 32
+// rows, so a ring goes on to the next rows while the sums of these are stored.
 //
 // Warps share nothing but x and their sums: a segment belongs to one warp, which waits for it and refills its stage.
 #pragma once
 #include "linear_stream.cuh"
 
-// How a segment lies in shared memory: codes of both row tiles, scales of both, minima of both.
+// How a segment lies in shared memory. copy(): asks for `columns` columns from `column` on of a block's rows; all lanes
+// of a warp call it.
 template <class Weights, int COLUMNS> struct Segment;
 
+// 16-bit floats: rows, and room between them that puts the same columns of two neighbours into different banks.
+template <class T, int N, int K, bool GATED, int COLUMNS> struct Segment<FloatWeights<T, N, K, GATED>, COLUMNS> {
+  using Weights = FloatWeights<T, N, K, GATED>;
+  static_assert(K % CHUNK == 0 && COLUMNS % (2 * CHUNK) == 0, "whole chunks, rows of whole lines");
+  static constexpr int PITCH = COLUMNS * 2 + 64, BYTES = 32 * PITCH;
+
+  DEVICE static void copy(u8* stage, u64* barrier, const LinearArgs& args, int block, int column, int columns,
+                          int lane) {
+    if (lane == 0) expect_bulk(barrier, 32 * columns * 2);
+    const T* row = static_cast<const T*>(args.w) + i64(Rows<N, GATED>::matrix_row(block, lane)) * K;
+    copy_bulk(stage + lane * PITCH, row + column, columns * 2, barrier);
+  }
+
+  DEVICE static typename Weights::Chunk load(const u8* stage, int chunk, int lane) {
+    typename Weights::Chunk c;
+    const u8* column = stage + chunk * CHUNK * 2 + lane % 4 * 16;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      c.row[i] = *reinterpret_cast<const uint4*>(column + Weights::slot_row(lane, i) * PITCH);
+    }
+    return c;
+  }
+};
+
+// Groups: codes of both row tiles, scales of both, minima of both.
 template <int BITS, int GROUP, bool HAS_MINIMUM, int N, int K, bool GATED, int COLUMNS>
 struct Segment<GroupWeights<BITS, GROUP, HAS_MINIMUM, N, K, GATED>, COLUMNS> {
   using Weights = GroupWeights<BITS, GROUP, HAS_MINIMUM, N, K, GATED>;
@@ -26,8 +52,8 @@ struct Segment<GroupWeights<BITS, GROUP, HAS_MINIMUM, N, K, GATED>, COLUMNS> {
   static constexpr int SCALES = 2 * code_bytes(COLUMNS), MINIMA = SCALES + 2 * scale_bytes(COLUMNS);
   static constexpr int BYTES = bytes(COLUMNS);
 
-  // Asks for `columns` columns from `column` on of a block's rows. One thread does.
-  DEVICE static void copy(u8* stage, u64* barrier, const LinearArgs& args, int block, int column, int columns) {
+  DEVICE static void copy(u8* stage, u64* barrier, const LinearArgs& args, int block, int column, int columns, int) {
+    if (!one_lane()) return;
     expect_bulk(barrier, bytes(columns));
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -57,13 +83,10 @@ struct Segment<GroupWeights<BITS, GROUP, HAS_MINIMUM, N, K, GATED>, COLUMNS> {
   }
 };
 
-// EARLY: the next kernel's blocks may be placed, and fill their rings, before the previous kernel has ended.
-template <class Weights_, class Out_, int N_, int K_, int WARPS_, int SEGMENT_, int STAGES_, bool NORM_, bool GATED_,
-          bool EARLY_>
+template <class Weights_, class Out_, int N_, int K_, int WARPS_, int SEGMENT_, int STAGES_, bool NORM_, bool GATED_>
 struct BulkSpec : StreamSpec<Weights_, Out_, N_, K_, 1, WARPS_, 1, true, NORM_, GATED_> {
   using Stored = Segment<Weights_, SEGMENT_>;
   static constexpr int TOKENS_AT_MOST = 4;
-  static constexpr bool EARLY = EARLY_;
   static constexpr int SEGMENT = SEGMENT_, STAGES = STAGES_;  // columns; segments of a warp's ring
   static constexpr int SEGMENTS = (K_ + SEGMENT - 1) / SEGMENT;
   static constexpr int PER_BLOCK = BulkSpec::Row::OUT_PER_BLOCK;  // rows of the result
@@ -77,12 +100,13 @@ template <class S> struct Ring {
   const LinearArgs& args;
   u8* stages;
   u64* barriers;
+  int lane;
   int next_block, next_segment;  // to ask for
   int stage = 0;                 // that is used next,
   u32 parity = 0;                // and its phase
 
   DEVICE Ring(const LinearArgs& args, u8* stages, u64* barriers, int warp, int lane)
-      : args(args), stages(stages), barriers(barriers), next_block(blockIdx.x), next_segment(warp) {
+      : args(args), stages(stages), barriers(barriers), lane(lane), next_block(blockIdx.x), next_segment(warp) {
     if (warp >= S::SEGMENTS) next_block = S::ROW_BLOCKS;
     if (lane < S::STAGES) init_bulk_barrier(barriers + lane);
     sync_warp();
@@ -92,10 +116,8 @@ template <class S> struct Ring {
 
   DEVICE void fill(int stage) {
     if (next_block >= S::ROW_BLOCKS) return;
-    if (one_lane()) {
-      S::Stored::copy(stages + stage * S::Stored::BYTES, barriers + stage, args, next_block, next_segment * S::SEGMENT,
-                      S::columns(next_segment));
-    }
+    S::Stored::copy(stages + stage * S::Stored::BYTES, barriers + stage, args, next_block, next_segment * S::SEGMENT,
+                    S::columns(next_segment), lane);
     next_segment += S::WARPS;
     if (next_segment >= S::SEGMENTS) {
       next_segment %= S::WARPS;
@@ -205,15 +227,14 @@ template <class S> DEVICE void linear_bulk(const LinearArgs& args) {
   u8* staged = reinterpret_cast<u8*>(sums + 2 * S::SUMS);
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   Ring<S> ring(args, shared + warp * S::RING_BYTES, barriers + warp * S::STAGES, warp, lane);
-  if (S::EARLY) let_next_start();
   if constexpr (S::NORM) {
     Norm<S> norm(args.norm);
     wait_for_previous();
-    if (!S::EARLY) let_next_start();
+    let_next_start();
     norm.stage(staged, args);
   } else {
     wait_for_previous();
-    if (!S::EARLY) let_next_start();
+    let_next_start();
     prepare_tokens<S>(staged, args);
   }
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from mlcgen.formats import WeightFormat
 from mlcgen.runtime.sizes import Size
 from mlcgen.targets.base import Linear
 from mlcgen.targets.device_kernel import Launch, ceildiv, times
@@ -15,6 +16,7 @@ PARAMS = [
     *("const void* x", "const float* norm", "const void* w", "const void* scale", "const void* minimum"),
     *("const float* bias", "const float* residual", "void* out", "int n"),
 ]
+SHARED_BYTES = 227 * 1024 - 1024  # of a block on sm_90, less what kernels declare themselves
 SUM_BYTES = 32 * 4  # of a warp for each token (and one between): floats of 32 rows
 
 
@@ -35,8 +37,9 @@ STREAMED = {
     8: (Shape(1, 8, 4, 2), Shape(2, 8, 4, 2), Shape(4, 8, 2, 1), Shape(8, 8, 1, 1)),
     4: (Shape(1, 8, 6, 2), Shape(2, 8, 4, 2), Shape(4, 8, 2, 1), Shape(8, 8, 2, 1)),
 }
-# By bits: (warps, columns of a segment, segments of a warp) of the kernel whose weights wait in shared memory.
-BULK = {4: (8, 256, 2), 8: (8, 128, 2)}
+# By bits: (warps, columns of a segment, segments of a warp) of the kernel whose weights wait in shared memory. They take
+# more than half of it (linear_bulk.cuh says why).
+BULK = {16: (8, 128, 2), 8: (8, 256, 2), 4: (8, 256, 4)}
 
 
 def stream(spec: Linear, out: str, shape: Shape, is_staged: bool, args: list[list[Any]]) -> tuple[str, Launch]:
@@ -52,25 +55,38 @@ def stream(spec: Linear, out: str, shape: Shape, is_staged: bool, args: list[lis
     text = definition(name, PARAMS, f"linear_stream<{template}>({_fields(spec)});", threads, shape.blocks)
     shared: Size = SUM_BYTES * shape.warps * ((STAGED_TOKENS if is_staged else 8 * shape.tiles) + 1)
     if is_staged:
-        shared = ["+", shared, _token_bytes(k)]
+        shared = ["+", shared, times("n", _token_bytes(k))]
     grid = (_row_blocks(spec), 1 if is_staged else ceildiv("n", 8 * shape.tiles), 1)
     return text, Launch(name, grid, threads, tuple(args), shared)
 
 
+def bulk_tokens(spec: Linear) -> int:
+    """How many tokens fit into shared memory beside the weights."""
+    return min(STAGED_TOKENS, (SHARED_BYTES - _bulk_bytes(spec.fmt)) // _token_bytes(spec.in_features))
+
+
 def bulk(spec: Linear, out: str, args: list[list[Any]]) -> tuple[str, Launch]:
-    """The same with bulk copies into shared memory, for at most STAGED_TOKENS tokens."""
+    """The same with bulk copies into shared memory, for at most bulk_tokens(spec) tokens."""
     fmt, n, k, has_norm = spec.fmt, spec.out_features, spec.in_features, spec.norm_eps is not None
     warps, segment, stages = BULK[fmt.bits]
     flags = (*(["norm"] if has_norm else []), *(["gated"] if spec.gates_result else []))
     name = "_".join(["linear_bulk", fmt.name, f"{n}x{k}", *flags, out])
-    sizes = f"{n}, {k}, {warps}, {segment}, {stages}, {cpp(has_norm)}, {cpp(spec.gates_result)}, false"
+    sizes = f"{n}, {k}, {warps}, {segment}, {stages}, {cpp(has_norm)}, {cpp(spec.gates_result)}"
     template = f"BulkSpec<{_weights_type(spec)}, {C_TYPES[out]}, {sizes}>"
-    text = definition(name, PARAMS, f"linear_bulk<{template}>({_fields(spec)});", 32 * warps, 2)
-    parts = 2 if fmt.has_minimum else 1
-    stage = 2 * (segment * fmt.bits * 2 + segment // fmt.group * 32 * parts)
-    shared: Size = ["+", warps * (stages * stage + 1280), _token_bytes(k)]
+    text = definition(name, PARAMS, f"linear_bulk<{template}>({_fields(spec)});", 32 * warps)
+    shared: Size = ["+", _bulk_bytes(fmt), times("n", _token_bytes(k))]
     grid = (min(_row_blocks(spec), MULTIPROCESSORS["sm_90"]), 1, 1)
     return text, Launch(name, grid, 32 * warps, tuple(args), shared, is_shared_heavy=True)
+
+
+def _bulk_bytes(fmt: WeightFormat) -> int:
+    """Of shared memory for weights and sums."""
+    warps, segment, stages = BULK[fmt.bits]
+    if fmt.is_grouped:
+        stage = 2 * (segment * fmt.bits * 2 + segment // fmt.group * (64 if fmt.has_minimum else 32))
+    else:
+        stage = 32 * (segment * 2 + 64)
+    return warps * (stages * stage + 2 * SUM_BYTES * (STAGED_TOKENS + 1))
 
 
 def _fields(spec: Linear) -> str:
@@ -83,9 +99,9 @@ def _row_blocks(spec: Linear) -> int:
     return -(-spec.out_features // 32)
 
 
-def _token_bytes(k: int) -> Size:
-    """Of all tokens in shared memory, spread over its banks."""
-    return times("n", k * 2 + (64 if k * 2 % 128 == 0 else 0))
+def _token_bytes(k: int) -> int:
+    """Of a token in shared memory, spread over its banks."""
+    return k * 2 + (64 if k * 2 % 128 == 0 else 0)
 
 
 def _weights_type(spec: Linear) -> str:

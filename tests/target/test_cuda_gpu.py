@@ -1,6 +1,16 @@
-"""The CUDA target on a real GPU, against the CPU target and NumPy; skipped, with the reason, where there is none."""
+"""The CUDA target on a real GPU, against the CPU target; skipped, with the reason, where there is none.
 
+The artifacts can be made on another machine, and a GPU's then needs no compiler:
+
+    python tests/target/test_cuda_gpu.py DIR
+    MLCGEN_GPU_ARTIFACTS=DIR pytest tests/target/test_cuda_gpu.py
+"""
+
+import itertools
 import json
+import os
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +43,7 @@ CONFIG = {
     "hidden_act": "silu",
     "tie_word_embeddings": True,
 }
+SMALL = {"hidden_size": 128, "intermediate_size": 128}  # where attention alone is meant
 MAX_BATCH = 128
 
 
@@ -41,28 +52,26 @@ def both(path: Path, num_pages: int) -> tuple[Executor, Executor]:
     return load_executor(path, "cuda", num_pages).executor, load_executor(path, "cpu", num_pages).executor
 
 
+QUANTIZATIONS, PAGE_SIZES, HEAD_DIMS, KV_HEADS = ["f16", "bf16", "q8", "q4"], [1, 16, 64], [64, 96, 256], [1, 2, 8]
+
+
+def compile_into(folder: Path, quantization: str, page_size: int = 16, **config: int) -> Path:
+    """The artifact, made where it is not there yet."""
+    words = [quantization, str(page_size), *(f"{key}-{value}" for key, value in sorted(config.items()))]
+    out = folder / "_".join(words)
+    if not out.exists():
+        model = folder / f"{out.name}.model"
+        model.mkdir(parents=True)
+        (model / "config.json").write_text(json.dumps(CONFIG | config))
+        options = {"page_size": page_size, "max_batch": MAX_BATCH, "kv_dtype": "float16", "random_weights": True}
+        mlcgen.compile(model, ["cpu:x86-64-v3", "cuda"], quantization, out, **options)
+    return out
+
+
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[tuple[Any, ...], Path] = {}
-
-    def compile_once(quantization: str, page_size: int = 16, **config: Any) -> Path:
-        key = (quantization, page_size, *sorted(config.items()))
-        if key not in made:
-            folder = tmp_path_factory.mktemp("model")
-            (folder / "config.json").write_text(json.dumps(CONFIG | config))
-            made[key] = mlcgen.compile(
-                folder,
-                ["cpu", "cuda"],
-                quantization,
-                folder / "out",
-                page_size=page_size,
-                max_batch=MAX_BATCH,
-                kv_dtype="float16",
-                random_weights=True,
-            )
-        return made[key]
-
-    return compile_once
+    folder = os.environ.get("MLCGEN_GPU_ARTIFACTS")
+    return partial(compile_into, Path(folder) if folder else tmp_path_factory.mktemp("artifacts"))
 
 
 def step_input(before: list[int], counts: list[int], tables: np.ndarray, page_size: int) -> StepInput:
@@ -81,7 +90,7 @@ def assert_same(found: np.ndarray, expected: np.ndarray, tolerance: float) -> No
     assert error < tolerance, error
 
 
-@pytest.mark.parametrize("quantization", ["f16", "bf16", "q8", "q4"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("tokens", [1, 4, 5, 16, 17, 40, 64, 65, 128, 129, 200, 256, 300, 512])
 def test_products_of_any_number_of_tokens(compiled: Any, quantization: str, tokens: int) -> None:
     gpu, cpu = both(compiled(quantization), num_pages=40)
@@ -89,12 +98,12 @@ def test_products_of_any_number_of_tokens(compiled: Any, quantization: str, toke
     assert_same(gpu.step(batch), cpu.step(batch), 2e-2 if quantization == "bf16" else 5e-3)
 
 
-@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("context", [1, 15, 16, 17, 511, 4096, 32768])
 def test_contexts(compiled: Any, page_size: int, context: int) -> None:
     """A prompt in chunks, then a decoded token: its logits against those of the CPU."""
     pages = -(-context // page_size)
-    gpu, cpu = both(compiled("f16", page_size), num_pages=pages)
+    gpu, cpu = both(compiled("f16", page_size, **SMALL), num_pages=pages)
     tables = np.random.default_rng(context).permutation(pages)[None]
     for done in range(0, context - 1, 512):
         chunk = step_input([done], [min(512, context - 1 - done)], tables, page_size)
@@ -120,10 +129,10 @@ def test_batches_of_ragged_sequences(compiled: Any, batch: int) -> None:
         lengths = [length + 1 for length in lengths]
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 256])
-@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("kv_heads", KV_HEADS)
 def test_head_sizes_and_groups(compiled: Any, head_dim: int, kv_heads: int) -> None:
-    gpu, cpu = both(compiled("f16", head_dim=head_dim, num_key_value_heads=kv_heads), num_pages=12)
+    gpu, cpu = both(compiled("f16", head_dim=head_dim, num_key_value_heads=kv_heads, **SMALL), num_pages=12)
     tables = np.arange(12).reshape(2, 6)
     for before, counts in (([0, 0], [33, 60]), ([33, 60], [1, 1]), ([34, 61], [1, 20])):
         batch = step_input(before, counts, tables, 16)
@@ -153,3 +162,13 @@ def _generate(executor: Executor, prompts: list[list[int]], params: list[Samplin
         engine.step()
     assert not [output.error for output in outputs if output.error]
     return [list(output.token_ids) for output in outputs]
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    for quantization in QUANTIZATIONS:
+        compile_into(folder, quantization)
+    for page_size in PAGE_SIZES:
+        compile_into(folder, "f16", page_size, **SMALL)
+    for head_dim, kv_heads in itertools.product(HEAD_DIMS, KV_HEADS):
+        compile_into(folder, "f16", head_dim=head_dim, num_key_value_heads=kv_heads, **SMALL)
