@@ -298,6 +298,7 @@ def bench(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 128,
     long_context: Annotated[int, typer.Option(min=1, help="Cached tokens of the long test.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of the batch test.")] = 8,
+    batch_prompt: Annotated[int, typer.Option(min=0, help="Tokens of each of its prompts; 0: 512 together.")] = 0,
     threads: Threads = None,
     repeat: Annotated[int, typer.Option(min=1, help="Turns that count, after one to warm up.")] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all samples here.")] = None,
@@ -310,7 +311,7 @@ def bench(
 
     if unknown := set(peer or ()) - set(PEERS):
         raise typer.BadParameter(f"no peer {min(unknown)!r}; have: {', '.join(PEERS)}")
-    options = Options(prompt, tokens, long_context, batch, threads or usable_cores(), repeat)
+    options = Options(prompt, tokens, long_context, batch, threads or usable_cores(), repeat, batch_prompt)
     with output.Progress() as progress:
         result = run_bench(artifacts, target, peer or (), peer_model, options, progress.update)
     output.benchmark(result, json_file)

@@ -6,6 +6,8 @@ Every engine reports its own times, without tokenization or HTTP: the time to th
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
 from typing import Any, Protocol
 
 from mlcgen.errors import BenchError
@@ -39,22 +41,28 @@ class Engine(Protocol):
 
 class Mlcgen:
     def __init__(self, spec: Spec) -> None:
-        from mlcgen.runtime.llm import LLM
+        from mlcgen.artifact import read_manifest
+        from mlcgen.runtime.llm import load_engine
 
-        self._llm = LLM(spec.model, spec.target, num_threads=spec.threads)
+        page_size = int(read_manifest(Path(spec.model))["kv"]["page_size"])
+        pages = -(-spec.context // page_size) + spec.batch  # each sequence's last one may be nearly empty
+        self._engine = load_engine(spec.model, spec.target, pages, num_threads=spec.threads)
 
     def generate(self, prompts: Prompts, tokens: int) -> Timing:
         from mlcgen.runtime.sampler import SamplingParams
 
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-        outputs = self._llm.generate([list(prompt) for prompt in prompts], params)
+        start = perf_counter()
+        outputs = [self._engine.add_request(str(i), list(p), params, stream=False) for i, p in enumerate(prompts)]
+        while not all(output.token_ids or output.finished for output in outputs):
+            self._engine.step()
+        first, before = perf_counter(), sum(len(output.token_ids) for output in outputs)
+        while not all(output.finished for output in outputs):
+            self._engine.step()
         for output in outputs:
             if output.error:
                 raise output.error
-        first = max(output.metrics.first_token or 0.0 for output in outputs)
-        finished = max(output.metrics.finished or 0.0 for output in outputs)
-        arrival = min(output.metrics.arrival for output in outputs)
-        return Timing(first - arrival, _rate(len(prompts) * (tokens - 1), finished - first))
+        return Timing(first - start, _rate(len(prompts) * tokens - before, perf_counter() - first))
 
 
 class LlamaCpp:

@@ -27,9 +27,7 @@ __all__ = ["Options", "bench"]
 
 FIRST_PROMPT = 128  # tokens of the prompt that follows a load
 LONG_TOKENS = 32  # generated after the long prompt
-BATCH_PROMPT = (
-    512  # tokens of a batch's prompts together: one step of every engine, so that all start to decode at once
-)
+BATCH_PROMPT = 512  # tokens of a batch's prompts together, one step of every engine, where nothing else is asked for
 SEED = 0
 Metrics = dict[str, float]
 Prompts = list[list[int]]
@@ -45,10 +43,10 @@ class Options:
     batch: int = 8
     threads: int = field(default_factory=usable_cores)
     repeat: int = 5
+    batch_prompt: int = 0  # tokens of each prompt of the batch; 0: BATCH_PROMPT together
 
-    @property
-    def batch_prompt(self) -> int:
-        return max(1, BATCH_PROMPT // self.batch)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batch_prompt", self.batch_prompt or max(1, BATCH_PROMPT // self.batch))
 
     @property
     def sequence(self) -> int:
@@ -280,7 +278,7 @@ def _result(
         row["ratios"] = {name: ratios(row["metrics"], theirs) for name, theirs in peers.items() if name != row["name"]}
     return {
         "command": shlex.join(["mlcgen", *sys.argv[1:]]),
-        "options": {**asdict(options), "long_tokens": LONG_TOKENS, "batch_prompt": options.batch_prompt, "seed": SEED},
+        "options": {**asdict(options), "long_tokens": LONG_TOKENS, "seed": SEED},
         "machine": {"cpu": host_cpu_name(), "cores": usable_cores(), "threads": options.threads},
         "versions": _versions([row["engine"] for row in rows]),
         "peaks": limits,

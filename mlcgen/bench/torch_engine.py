@@ -116,8 +116,11 @@ class Block(torch.nn.Module):  # type: ignore[misc]
         q, k = _rotate(q, table), _rotate(k, table)
         self.keys[:batch, :, positions] = k
         self.values[:batch, :, positions] = v
-        keys, values = self.keys[:batch], self.values[:batch]
-        y = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+        if n > 1:  # a prompt, from its first token on
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            keys, values = self.keys[:batch], self.values[:batch]
+            y = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
         x = x + self.out(y.transpose(1, 2).reshape(batch, n, -1))
         gate, up = self.gate_up(self.norms[1](x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)

@@ -89,7 +89,7 @@ class _Linear:
     @property
     def _has_bulk(self) -> bool:
         """Whether the kernel for few tokens is that whose weights wait in shared memory."""
-        return self.arch in BULK_ARCHS and self.spec.in_features % 32 == 0 and stream.bulk_tokens(self.spec) > 0
+        return self.arch in BULK_ARCHS and self.spec.in_features % 32 == 0
 
     @property
     def _is_decoded(self) -> bool:
@@ -114,11 +114,10 @@ class _Linear:
         bits, variants = self.spec.fmt.bits, list[Variant]()
         if self.spec.norm_eps is not None or dtypes[0] == self.operand:
             if self._has_bulk:
-                most, launch = stream.bulk_tokens(self.spec), self._bulk(functions, dtypes)
+                variants += self._bulk(functions, dtypes)
             else:
                 launch = self._stream(functions, dtypes, stream.STAGED[bits], is_staged=True)
-                most = stream.STAGED_TOKENS
-            variants.append(Variant(["<=", "n", most], (launch,)))
+                variants.append(Variant(["<=", "n", stream.STAGED_TOKENS], (launch,)))
         if self._has_dense_gemm:
             return variants
         few = FEW_TOKENS if self._has_wgmma else FEW_TOKENS_MMA
@@ -237,10 +236,14 @@ class _Linear:
         functions[launch.function] = text
         return launch
 
-    def _bulk(self, functions: dict[str, str], dtypes: Sequence[str]) -> Launch:
-        text, launch = stream.bulk(self.spec, dtypes[-1], self._stream_args(tensor(0)))
-        functions[launch.function] = text
-        return launch
+    def _bulk(self, functions: dict[str, str], dtypes: Sequence[str]) -> list[Variant]:
+        """The same kernel with bulk copies, for as many tokens as there is room for."""
+        variants = []
+        for most, stages in stream.bulk_rings(self.spec):
+            text, launch = stream.bulk(self.spec, dtypes[-1], stages, self._stream_args(tensor(0)))
+            functions[launch.function] = text
+            variants.append(Variant(["<=", "n", most], (launch,)))
+        return variants
 
     def _stream_args(self, x: list[object]) -> list[list[object]]:
         return [x, *(self._arg(p) for p in stream.ARGS), int32("n")]

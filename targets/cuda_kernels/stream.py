@@ -37,8 +37,8 @@ STREAMED = {
     8: (Shape(1, 8, 4, 2), Shape(2, 8, 4, 2), Shape(4, 8, 2, 1), Shape(8, 8, 1, 1)),
     4: (Shape(1, 8, 6, 2), Shape(2, 8, 4, 2), Shape(4, 8, 2, 1), Shape(8, 8, 2, 1)),
 }
-# By bits: (warps, columns of a segment, segments of a warp) of the kernel whose weights wait in shared memory. They take
-# more than half of it (linear_bulk.cuh says why).
+# By bits: (warps, columns of a segment, segments of a warp's ring) of the kernel whose weights wait in shared
+# memory. They take more than half of it (linear_bulk.cuh says why).
 BULK = {16: (8, 128, 2), 8: (8, 256, 2), 4: (8, 256, 4)}
 
 
@@ -60,28 +60,33 @@ def stream(spec: Linear, out: str, shape: Shape, is_staged: bool, args: list[lis
     return text, Launch(name, grid, threads, tuple(args), shared)
 
 
-def bulk_tokens(spec: Linear) -> int:
-    """How many tokens fit into shared memory beside the weights."""
-    return min(STAGED_TOKENS, (SHARED_BYTES - _bulk_bytes(spec.fmt)) // _token_bytes(spec.in_features))
+def bulk_rings(spec: Linear) -> list[tuple[int, int]]:
+    """(tokens up to which, segments of a ring): rings leave room for the tokens."""
+    rings: list[tuple[int, int]] = []
+    for stages in range(BULK[spec.fmt.bits][2], 0, -1):
+        most = min(STAGED_TOKENS, (SHARED_BYTES - _bulk_bytes(spec.fmt, stages)) // _token_bytes(spec.in_features))
+        if most > (rings[-1][0] if rings else 0):
+            rings.append((most, stages))
+    return rings
 
 
-def bulk(spec: Linear, out: str, args: list[list[Any]]) -> tuple[str, Launch]:
-    """The same with bulk copies into shared memory, for at most bulk_tokens(spec) tokens."""
+def bulk(spec: Linear, out: str, stages: int, args: list[list[Any]]) -> tuple[str, Launch]:
+    """The same with bulk copies into shared memory."""
     fmt, n, k, has_norm = spec.fmt, spec.out_features, spec.in_features, spec.norm_eps is not None
-    warps, segment, stages = BULK[fmt.bits]
+    warps, segment, _ = BULK[fmt.bits]
     flags = (*(["norm"] if has_norm else []), *(["gated"] if spec.gates_result else []))
-    name = "_".join(["linear_bulk", fmt.name, f"{n}x{k}", *flags, out])
+    name = "_".join(["linear_bulk", fmt.name, f"{n}x{k}", *flags, out, str(stages)])
     sizes = f"{n}, {k}, {warps}, {segment}, {stages}, {cpp(has_norm)}, {cpp(spec.gates_result)}"
     template = f"BulkSpec<{_weights_type(spec)}, {C_TYPES[out]}, {sizes}>"
     text = definition(name, PARAMS, f"linear_bulk<{template}>({_fields(spec)});", 32 * warps)
-    shared: Size = ["+", _bulk_bytes(fmt), times("n", _token_bytes(k))]
+    shared: Size = ["+", _bulk_bytes(fmt, stages), times("n", _token_bytes(k))]
     grid = (min(_row_blocks(spec), MULTIPROCESSORS["sm_90"]), 1, 1)
-    return text, Launch(name, grid, 32 * warps, tuple(args), shared, is_shared_heavy=True)
+    return text, Launch(name, grid, 32 * warps, tuple(args), shared)
 
 
-def _bulk_bytes(fmt: WeightFormat) -> int:
+def _bulk_bytes(fmt: WeightFormat, stages: int) -> int:
     """Of shared memory for weights and sums."""
-    warps, segment, stages = BULK[fmt.bits]
+    warps, segment, _ = BULK[fmt.bits]
     if fmt.is_grouped:
         stage = 2 * (segment * fmt.bits * 2 + segment // fmt.group * (64 if fmt.has_minimum else 32))
     else:

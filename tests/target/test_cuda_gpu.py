@@ -150,9 +150,10 @@ def test_tokens_are_those_of_the_cpu(compiled: Any) -> None:
         SamplingParams(temperature=0.7, seed=3, max_tokens=20, repetition_penalty=1.3, logit_bias={5: 3.0}),
         SamplingParams(temperature=0, max_tokens=20, min_tokens=5, logprobs=3),
     ]
-    tokens = [_generate(executor, prompts, params) for executor in both(compiled("f16"), num_pages=60)]
-    same = sum(a == b for a, b in zip(*tokens, strict=True))
-    assert same >= 17, tokens  # of 20: near ties may go either way
+    gpu, cpu = (_generate(executor, prompts, params) for executor in both(compiled("f16"), num_pages=60))
+    # Near ties may go either way, and random weights give many; with wrong logits or sampling nearly all would differ.
+    same = [[gpu[i] == cpu[i] for i in range(kind, len(prompts), len(params))] for kind in range(len(params))]
+    assert all(sum(each) >= 2 for each in same), same
 
 
 def _generate(executor: Executor, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:

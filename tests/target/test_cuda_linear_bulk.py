@@ -1,4 +1,4 @@
-"""linear_bulk.cuh under the emulator, against NumPy: every kind of format, up to 4 tokens, odd sizes, rings that wrap."""
+"""linear_bulk.cuh under the emulator, against NumPy: all kinds of formats, few tokens, odd sizes, rings that wrap."""
 
 from dataclasses import dataclass
 
