@@ -1,7 +1,9 @@
 """An artifact's weights into a device's memory, through pinned memory, put in the order that kernels read them in."""
 
 import ctypes
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import Any
 
@@ -9,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mlcgen.errors import ArtifactError
+from mlcgen.runtime.cpu import usable_cores
 from mlcgen.runtime.cuda import Address, CudaDevice
 from mlcgen.runtime.plan import ITEM_BYTES
 
 CHUNK = 64 << 20  # bytes of one copy; two are under way
+PIECE = 4 << 20  # bytes that a thread reads from the file at a time
 FUNCTIONS = ("untile_2", "untile_4", "random_uint8", "random_float16", "random_uint16", "random_float32")
 
 
@@ -69,10 +73,11 @@ def _num_bytes(spec: Mapping[str, Any]) -> int:
 
 
 class _Staging:
-    """Two pinned buffers: while one is copied to the device, the other is filled from the file."""
+    """Two pinned buffers: while one is copied to the device, the other is filled from the file by several threads."""
 
     def __init__(self, device: CudaDevice) -> None:
         self._device = device
+        self._threads = ThreadPoolExecutor(usable_cores())
         self._buffers = [device.pinned(CHUNK) for _ in range(2)]
         self._turn = 0
 
@@ -82,7 +87,8 @@ class _Staging:
             part = raw[start : start + CHUNK]
             buffer = self._buffers[self._turn][: part.nbytes]
             self._device.wait(self._turn)
-            buffer[:] = part
+            pieces = ((buffer[at : at + PIECE], part[at : at + PIECE]) for at in range(0, part.nbytes, PIECE))
+            deque(self._threads.map(lambda piece: np.copyto(*piece), pieces), maxlen=0)
             self._device.upload(to + start, buffer)
             self._device.mark(self._turn)
             self._turn = 1 - self._turn
