@@ -3,8 +3,9 @@
     python benchmarks/attention_cuda.py build DIR      # anywhere: needs the compiler, no GPU
     python benchmarks/attention_cuda.py run DIR        # on the GPU: needs neither
 
-Llama-3-8B's heads (32 query, 8 key/value, 128 values each), pages of 16 tokens, float16. A time is that of one launch
-in a graph of many; those take turns with caches that together exceed the second-level cache.
+Llama-3-8B's heads (32 query, 8 key/value, 128 values each), pages of 16 tokens, float16. Decoding is rotation, append
+and attention in one kernel. A time is that of one launch in a graph of many; those take turns with caches that together
+exceed the second-level cache.
 """
 
 import argparse
@@ -33,23 +34,32 @@ LAUNCHES = 24
 def build(folder: Path) -> None:
     """Machine code for an H100, and the launches as a plan would hold them."""
     from mlcgen.nvrtc import compile_cuda
-    from mlcgen.targets.cuda_kernels import paged_attention
+    from mlcgen.targets.base import Attention as Spec
+    from mlcgen.targets.cuda_kernels import paged_attention, rope_attention
 
-    kernel = paged_attention(HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, "float16", HEAD_DIM**-0.5, 0, "sm_90")
-    code = kernel.generate([p.dtype if not p.narrow else "float16" for p in kernel.params])
-    includes = "".join(f'#include "{name}"\n' for name in code.includes)
-    module, _ = compile_cuda(includes + "".join(code.functions.values()), "sm_90")
-    variants = [dataclasses.asdict(variant) for variant in code.variants]
-    made = {"module": base64.b64encode(module).decode(), "variants": variants, "scratch": code.scratch}
+    spec = Spec(HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, "float16", HEAD_DIM**-0.5, 0)
+    kernels = {"decode": rope_attention(spec, "sm_90"), "prefill": paged_attention(spec, "sm_90")}
+    codes = {
+        name: kernel.generate(["float16" if p.narrow else p.dtype for p in kernel.params])
+        for name, kernel in kernels.items()
+    }
+    functions = {name: text for code in codes.values() for name, text in code.functions.items()}
+    includes = "".join(f'#include "{name}"\n' for name in codes["decode"].includes)
+    module, _ = compile_cuda(includes + "".join(functions.values()), "sm_90")
+    made: dict[str, Any] = {"module": base64.b64encode(module).decode(), "functions": list(functions)}
+    for name, code in codes.items():
+        variants = [dataclasses.asdict(variant) for variant in code.variants]
+        made[name] = {"variants": variants, "scratch": code.scratch}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "attention.json").write_text(json.dumps({**made, "functions": list(code.functions)}))
+    (folder / "attention.json").write_text(json.dumps(made))
 
 
 class Attention:
-    """The kernel on a batch of sequences of one length, each with `new` tokens at its end."""
+    """The kernel on a batch of sequences of one length, each with `new` tokens at its end, which in decoding are turned
+    and appended, too."""
 
     def __init__(self, device: CudaDevice, plan: dict[str, Any], sequences: int, length: int, new: int) -> None:
-        self.device, self.plan = device, plan
+        self.device, self.plan = device, plan["decode" if new == 1 else "prefill"]
         blocks = -(-length // PAGE_SIZE)
         pages = sequences * blocks
         self.symbols = {"n": sequences * new, "seqs": sequences, "blocks": blocks, "num_pages": pages}
@@ -58,14 +68,19 @@ class Attention:
         rng = np.random.default_rng(0)
         cache = rng.standard_normal(pages * PAGE_SIZE * TOKEN_BYTES // 2, np.float32).astype(np.float16)
         self.caches = [self.uploaded(cache) for _ in range(turns)]
-        queries = rng.standard_normal((sequences * new, HEADS, HEAD_DIM), np.float32).astype(np.float16)
+        heads = HEADS + 2 * KV_HEADS if new == 1 else HEADS
+        queries = rng.standard_normal((sequences * new, heads, HEAD_DIM), np.float32).astype(np.float16)
         table = rng.permutation(pages).reshape(sequences, blocks)
         lengths, starts = np.full(sequences, length), np.arange(sequences + 1) * new
         positions = np.tile(np.arange(length - new, length), sequences)
         integers = [self.uploaded(a.astype(np.int32)) for a in (table, lengths, starts, positions)]
-        q = self.uploaded(queries)
-        self.arguments = [[q, cache, *integers, self.uploaded(queries)] for cache in self.caches]
-        self.scratch = device.allocate(evaluate(plan["scratch"], self.symbols), "partial results")
+        given = [self.uploaded(queries)]
+        if new == 1:
+            angles = [self.uploaded(np.full((sequences, HEAD_DIM // 2), a, np.float32)) for a in (0.6, 0.8)]
+            slots = table[:, -1] * PAGE_SIZE + (length - 1) % PAGE_SIZE
+            given += [*angles, self.uploaded(slots.astype(np.int32))]
+        self.arguments = [[*given, cache, *integers, self.uploaded(queries)] for cache in self.caches]
+        self.scratch = device.allocate(max(evaluate(self.plan["scratch"], self.symbols), 1), "partial results")
         self.counters = device.allocate(1 << 16, "counters")
 
     def uploaded(self, array: np.ndarray) -> int:

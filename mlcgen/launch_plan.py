@@ -8,8 +8,7 @@ plan.json:
   storages   bytes of each block of memory, for the largest step
   constants  base64 of each constant, with its dtype
   tensors    where each intermediate lies: {kind: storage | input | weights | pages | constant, ...}
-  kernels    name -> variants: [{when, launches: [{function, grid, block, shared, args, overlaps,
-             is_shared_heavy}]}]
+  kernels    name -> variants: [{when, launches: [{function, grid, block, shared, args, overlaps}]}]
   steps      [kernel, [tensor, ...], {symbol of the kernel: size}] in order
   output     the tensor of the logits
   max_tokens_per_step, max_logit_rows

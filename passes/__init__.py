@@ -7,6 +7,7 @@ from functools import partial
 import tvm
 from tvm import IRModule, relax
 
+from mlcgen.passes.fuse_attention import fuse_attention
 from mlcgen.passes.fuse_gate_up import fuse_gate_up
 from mlcgen.passes.fuse_linear import fuse_linear
 from mlcgen.passes.fuse_qkv import fuse_qkv
@@ -51,6 +52,7 @@ def model_pipeline(target: Target, options: PassOptions) -> list[NamedPass]:
         ("paged_attention", partial(paged_attention, layout=options.kv, target=target)),
         # After paged_attention: rope moves into the kernel that appends to the pages.
         ("fuse_rope", partial(fuse_rope, layout=options.kv, target=target)),
+        ("fuse_attention", partial(fuse_attention, target=target)),
         # Last: which kernels read a value is known only now.
         ("narrow_activations", partial(narrow_activations, target=target, preferred=operand)),
     ]

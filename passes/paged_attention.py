@@ -18,7 +18,7 @@ from tvm.script import tirx as T  # noqa: N812
 from mlcgen.models.layers import ATTENTION
 from mlcgen.passes.packing import bfloat16_bits
 from mlcgen.passes.rewrite import FORWARD, Rewriter, bindings, is_marked, rewrite
-from mlcgen.targets.base import Target
+from mlcgen.targets.base import Attention, Target
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def paged_attention(mod: IRModule, layout: KvLayout, target: Target) -> IRModule
         )
         _, heads, head_dim = q.ty.shape
         sizes = (int(heads), layout.num_kv_heads, layout.head_dim, layout.page_size)
-        kernel = target.kernels.paged_attention(*sizes, layout.dtype, int(head_dim) ** -0.5, window)
+        kernel = target.kernels.paged_attention(Attention(*sizes, layout.dtype, int(head_dim) ** -0.5, window))
         args = [q, appended, *indices, rewriter.visit_expr(positions)]
         return rewriter.call_kernel(kernel, args, q.ty)
 

@@ -26,6 +26,19 @@ class Linear:
         return "_".join(["linear", self.fmt.name, *(name for name, present in around.items() if present)])
 
 
+@dataclass(frozen=True)
+class Attention:
+    """Attention over a paged cache, whose keys and values num_heads / num_kv_heads query heads share."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    kv_dtype: str  # float32, float16 or bfloat16
+    scale: float  # of the logits
+    window: int  # keys that a query sees, its own included; 0: all before it
+
+
 class Kernels(Protocol):
     """The kernels a target brings, each a `tirx.PrimFunc` for any number of tokens n; shapes as in their files.
 
@@ -35,20 +48,15 @@ class Kernels(Protocol):
     def linear(self, spec: Linear) -> Any: ...
     def embedding(self, fmt: WeightFormat, vocab: int, hidden: int) -> Any: ...
     def rope_append(self, num_heads: int, num_kv_heads: int, head_dim: int, page_size: int, kv_dtype: str) -> Any: ...
-    def paged_attention(
-        self,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        page_size: int,
-        kv_dtype: str,
-        scale: float,
-        window: int,
-    ) -> Any: ...
+    def paged_attention(self, spec: Attention) -> Any: ...
 
 
 class PlanKernels(Kernels, Protocol):
     """Those of a target whose executor runs launch plans: PrimFuncs that stand for device_kernel.DeviceKernel."""
+
+    def rope_attention(self, spec: Attention) -> Any:
+        """rope_append, then paged_attention; for targets that turn queries and keys there (turns_in_attention)."""
+        ...
 
     def device_kernel(self, placeholder: Any) -> Any:
         """The kernel that a PrimFunc stands for; None if TVM is to generate its code."""
@@ -72,6 +80,7 @@ class Target:
     has_narrow_activations: bool = False  # 16-bit floats between kernels that allow it, else float32 everywhere
     has_plain_append: bool = True  # the cache can be written without rope_append, which computes the angles' turn too
     gates_results: bool = False  # SwiGLU ends the product before it, else it begins the one after it
+    turns_in_attention: bool = False  # rotary embedding and the append to the cache are the attention kernel's
     overlaps_kernels: bool = False  # a kernel may start while the one before it ends, and wait for it itself
     block_threads: int = 0  # threads of a block for kernels that no target wrote; 0: a CPU's loops instead
     # What its kernels take: types of the KV cache, sizes of a head (empty: any), float32 matrices, 8-bit activations.

@@ -11,7 +11,7 @@ from mlcgen.errors import TargetError
 from mlcgen.formats import WeightFormat
 from mlcgen.runtime.cpu import cpu_features, host_arch, host_features
 from mlcgen.targets import cpu_kernels
-from mlcgen.targets.base import Linear, Target
+from mlcgen.targets.base import Attention, Linear, Target
 from mlcgen.targets.cpu_kernels import Isa
 
 # LLVM's features that generated code may use, from the widest; a variant lists those that its CPUs have.
@@ -80,18 +80,9 @@ class CpuKernels:
         return _described(kernel, "rope")
 
     @functools.cache  # noqa: B019
-    def paged_attention(
-        self,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        page_size: int,
-        kv_dtype: str,
-        scale: float,
-        window: int,
-    ) -> Any:
-        sizes = (num_heads, num_kv_heads, head_dim, page_size, kv_dtype, scale, window)
-        return _described(cpu_kernels.paged_attention(*sizes, self.isa), "attention")
+    def paged_attention(self, spec: Attention) -> Any:
+        sizes = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.page_size, spec.kv_dtype)
+        return _described(cpu_kernels.paged_attention(*sizes, spec.scale, spec.window, self.isa), "attention")
 
 
 def _described(kernel: Any, file: str, units: str = "", weights: int = 0) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from mlcgen.errors import TargetError
 from mlcgen.formats import WeightFormat
 from mlcgen.targets import cuda_kernels
-from mlcgen.targets.base import Linear, Target
+from mlcgen.targets.base import Attention, Linear, Target
 from mlcgen.targets.device_kernel import KEY, DeviceKernel
 
 # Machine code for a GPU, or with compute_80 assembly (PTX) that the driver of any GPU since compiles when it loads.
@@ -35,6 +35,7 @@ def cuda_target(variant: str = "") -> Target:
         has_narrow_activations=True,
         has_plain_append=False,
         gates_results=True,
+        turns_in_attention=True,
         overlaps_kernels=arch in ("sm_90", "sm_100"),  # as primitives.cuh compiles wait_for_previous()
         block_threads=256,
         kv_dtypes=("float16", "bfloat16"),
@@ -90,15 +91,9 @@ class CudaKernels:
         return self._placeholder(cuda_kernels.rope_append(num_heads, num_kv_heads, head_dim, page_size, kv_dtype))
 
     @functools.cache  # noqa: B019
-    def paged_attention(
-        self,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        page_size: int,
-        kv_dtype: str,
-        scale: float,
-        window: int,
-    ) -> Any:
-        sizes = (num_heads, num_kv_heads, head_dim, page_size, kv_dtype, scale, window)
-        return self._placeholder(cuda_kernels.paged_attention(*sizes, self.arch))
+    def paged_attention(self, spec: Attention) -> Any:
+        return self._placeholder(cuda_kernels.paged_attention(spec, self.arch))
+
+    @functools.cache  # noqa: B019
+    def rope_attention(self, spec: Attention) -> Any:
+        return self._placeholder(cuda_kernels.rope_attention(spec, self.arch))

@@ -6,7 +6,7 @@ launch plan asks the kernel for its code, given the types that its arguments hav
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tvm import tirx
@@ -14,6 +14,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T  # noqa: N812
 
 from mlcgen.runtime.sizes import Size
+from mlcgen.targets.base import Attention, Linear
 
 KEY = "mlcgen.device_kernel"
 NARROW = "mlcgen.narrow"  # for each argument, the 16-bit types that it may have instead of float32
@@ -63,7 +64,6 @@ class Launch:
     args: tuple[list[Any], ...]
     shared: Size = 0  # bytes of dynamic shared memory
     overlaps: bool = True  # waits itself for the kernel before, so it may start while that one ends
-    is_shared_heavy: bool = False  # wants all of a multiprocessor's memory as shared memory, to run beside the next
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,13 @@ class DeviceKernel:
     generate: Callable[[Sequence[str]], Code] = field(repr=False)  # from the arguments' types
     how: str = ""
     flops_per_token: int = 0
+    spec: Attention | Linear | None = None  # what it computes, where shapes do not tell
 
     @property
     def key(self) -> str:
-        return json.dumps([self.name, self.how, [[p.name, *map(str, p.shape)] for p in self.params]])
+        """Tells it from every other kernel of its target."""
+        params = [[p.name, p.dtype, *map(str, p.shape)] for p in self.params]
+        return json.dumps([self.name, self.how, params, asdict(self.spec) if self.spec else None])
 
     def placeholder(self, dtypes: Sequence[str] | None = None) -> tirx.PrimFunc:
         """The PrimFunc that stands for the kernel. It is opaque (op_pattern 8), so nothing is fused into it."""

@@ -7,7 +7,7 @@ import contextlib
 import ctypes
 import functools
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ _U64, _SIZE, _PTR, _INT, _UINT = ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void
 CUDA_VERSION = 13000  # of the machine code, as drivers report theirs
 _OUT_OF_MEMORY, _NO_DEVICE = 2, 100
 _MAJOR, _MINOR, _SHARED_OPTIN = 75, 76, 97  # CUdevice_attribute
-_STATIC_SHARED, _MAX_DYNAMIC_SHARED, _CARVEOUT = 1, 8, 9  # CUfunction_attribute
+_STATIC_SHARED, _MAX_DYNAMIC_SHARED = 1, 8  # CUfunction_attribute
 _CAPTURE_RELAXED = 2
 _NON_BLOCKING = 1
 _NO_TIMING = 2
@@ -211,11 +211,8 @@ class CudaDevice:
         """Wait for all that was started. Raises DeviceError for what failed in it."""
         self._check("cuStreamSynchronize", self._cuda.cuStreamSynchronize(self._stream))
 
-    def load(self, module: bytes, names: Sequence[str], shared_heavy: Collection[str] = ()) -> None:
-        """Load machine code with the functions of these names; each may have all the shared memory that there is.
-
-        shared_heavy: those for which a multiprocessor gives up its first-level cache for more of it.
-        """
+    def load(self, module: bytes, names: Sequence[str]) -> None:
+        """Load machine code with the functions of these names; each may have all the shared memory that there is."""
         loaded = self._taken.module
         self._check("cuModuleLoadData", self._cuda.cuModuleLoadData(ctypes.byref(loaded), module))
         most = self._attribute(_SHARED_OPTIN)
@@ -227,8 +224,6 @@ class CudaDevice:
             self._check("cuFuncGetAttribute", status)
             status = self._cuda.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, most - static.value)
             self._check("cuFuncSetAttribute", status)
-            if name in shared_heavy:
-                self._check("cuFuncSetAttribute", self._cuda.cuFuncSetAttribute(function, _CARVEOUT, 100))
             self._functions[name] = function
 
     def launch(

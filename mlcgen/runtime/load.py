@@ -81,14 +81,14 @@ def _plan_executor(
 ) -> Executor:
     from mlcgen.runtime import device_sampler, device_weights
     from mlcgen.runtime.cuda import CudaDevice
-    from mlcgen.runtime.plan import check_fit, function_names, read_plan, shared_heavy_functions
+    from mlcgen.runtime.plan import check_fit, function_names, read_plan
     from mlcgen.runtime.plan_executor import TAKE_TOKENS, PlanExecutor
 
     plan = read_plan(plan_file)
     check_fit(plan, manifest, weights)
     device = CudaDevice()
     names = [*function_names(plan), *device_weights.FUNCTIONS, *device_sampler.FUNCTIONS, TAKE_TOKENS]
-    device.load(base64.b64decode(plan["module"]), names, shared_heavy_functions(plan))
+    device.load(base64.b64decode(plan["module"]), names)
     if weights is None:
         addresses = device_weights.make_random_weights(device, plan["weights"])
     else:

@@ -75,12 +75,6 @@ def function_names(plan: Mapping[str, Any]) -> list[str]:
     return sorted({str(launch["function"]) for kernel in plan["kernels"] for launch in _launches(plan, kernel)})
 
 
-def shared_heavy_functions(plan: Mapping[str, Any]) -> set[str]:
-    """Those that want all of a multiprocessor's memory as shared memory."""
-    launches = (launch for kernel in plan["kernels"] for launch in _launches(plan, kernel))
-    return {str(launch["function"]) for launch in launches if launch["is_shared_heavy"]}
-
-
 def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is no number")
 
@@ -206,7 +200,6 @@ _LAUNCH = {
     "shared": _SIZE,
     "args": [_Kinds(0, _ARGUMENTS)],
     "overlaps": bool,
-    "is_shared_heavy": bool,
 }
 _TENSORS = {
     "storage": {"storage": _INDEX, "offset": _BYTES, "shape": [_SIZE], "dtype": _DTYPES},

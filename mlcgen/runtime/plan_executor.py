@@ -203,7 +203,11 @@ class PlanExecutor:
                 self._launch(launch, tensors, step, symbols)
 
     def _take_sampled_tokens(self, step: _Step) -> None:
-        """Tokens that the step before chose into the inputs, from where they are on the device."""
+        """Tokens that the step before chose into the inputs, from where they are on the device.
+
+        The step's first kernel. It does not overlap, so the step before has ended when others start, and these may read
+        the inputs, and what that one left in the cache, before they wait (attention_decode.cuh).
+        """
         n = step.symbols["n"]
         ids, rows = (step.inputs.address + step.offsets[name] for name in ("input_ids", _SAMPLED_ROWS))
         addresses = (ids, rows, self._samplers[1 - step.turn].token_ids)

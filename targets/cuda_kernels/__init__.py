@@ -1,7 +1,7 @@
 """The kernels of a CUDA target: each .py says which CUDA C++ (.cuh) runs for how many tokens, and with which sizes."""
 
-from .attention import HEAD_DIMS, paged_attention
+from .attention import HEAD_DIMS, paged_attention, rope_attention
 from .linear import linear
 from .lookup import embedding, rope_append
 
-__all__ = ["HEAD_DIMS", "embedding", "linear", "paged_attention", "rope_append"]
+__all__ = ["HEAD_DIMS", "embedding", "linear", "paged_attention", "rope_append", "rope_attention"]

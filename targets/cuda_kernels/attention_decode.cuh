@@ -1,4 +1,10 @@
-// Attention of one new token per sequence over its paged cache.
+// Attention of one new token per sequence over its paged cache: what rope_append.cuh and attention_prefill.cuh do for
+// any number of tokens. Queries are turned in the registers that multiply them. The new token's key and value come from
+// the projections too: the warp whose tile they belong to puts them there, and into the cache.
+//
+// The kernel that computes the projections may still run when this one starts. What is read before it has ended, the
+// lengths, the block table and the keys and values of tokens before the new one, was written before the step's first
+// kernel began: that one does not overlap, and nothing in the step writes them.
 //
 // Grid (KV, blocks): the keys of all sequences are cut into pieces of about the same length, one for each block and
 // key/value head, so that one long sequence among short ones keeps no block busy after the others. Lengths are known
@@ -10,6 +16,7 @@
 // Blocks of one sequence and head leave what they found in `partials`, and the last to arrive combines.
 #pragma once
 #include "attention_parts.cuh"
+#include "rope_append.cuh"
 
 constexpr int DECODE_KEYS = 16;  // of a tile
 
@@ -73,23 +80,98 @@ DEVICE Piece find_piece(const i32* seq_lens, int sequences, int block, int block
   return {-1, 0, 0};
 }
 
-// ---- the work of a warp ----
+// ---- the new token ----
 
-// Heads of the group as rows; rows from GROUP on are zeros.
-template <class A> DEVICE QueryFragments<A::D, 1> decode_queries(const typename A::Activation* q, int lane) {
-  using Activation = typename A::Activation;
+DEVICE float2 load_two(const float* p) { return *reinterpret_cast<const float2*>(p); }
+template <class T> DEVICE float2 load_two(const T* p) { return unpack<T>(*reinterpret_cast<const u32*>(p)); }
+template <class T> DEVICE void store_two(T* p, u32 two) { *reinterpret_cast<u32*>(p) = two; }
+
+// Columns c, c + 1 of a head, and c + D / 2, c + D / 2 + 1, which are turned with them.
+struct Columns {
+  float2 first, second;
+};
+template <int D, class T> DEVICE Columns load_columns(const T* head, int c) {
+  return {load_two(head + c), load_two(head + D / 2 + c)};
+}
+
+// The projections (HEADS + 2 KV, D) of a token, and its angles (D / 2).
+template <class A, class T> struct Projections {
+  const T* qkv;
+  const float *cos, *sin;
+
+  DEVICE Columns turned(int head, int c) const {
+    Columns v = load_columns<A::D>(qkv + head * A::D, c);
+    float2 cosines = load_two(cos + c), sines = load_two(sin + c);
+    turn(v.first.x, v.second.x, cosines.x, sines.x);
+    turn(v.first.y, v.second.y, cosines.y, sines.y);
+    return v;
+  }
+  DEVICE Columns value(int kv, int c) const { return load_columns<A::D>(qkv + (A::HEADS + A::KV + kv) * A::D, c); }
+};
+
+// Rounded to the type in which other steps hand queries over, then to the cache's.
+template <class A> DEVICE u32 pack_query(float2 v) {
+  v = unpack<typename A::Activation>(pack<typename A::Activation>(v.x, v.y));
+  return pack<typename A::Number>(v.x, v.y);
+}
+
+// The group's heads as rows; rows from GROUP on are zeros. A lane holds both columns that are turned together.
+template <class A, class T>
+DEVICE QueryFragments<A::D, 1> decode_queries(const Projections<A, T>& token, int kv, int lane) {
+  constexpr int HALF = A::D / 32;  // steps of 16 columns
   QueryFragments<A::D, 1> queries;
 #pragma unroll
-  for (int step = 0; step < A::D / 16; step++)
+  for (int step = 0; step < HALF; step++)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       int head = lane / 4 + i % 2 * 8, column = step * 16 + i / 2 * 8 + lane % 4 * 2;
-      float2 two = {0, 0};
-      if (head < A::GROUP) two = unpack<Activation>(*reinterpret_cast<const u32*>(q + head * A::D + column));
-      queries.values[0][step][i] = pack<typename A::Number>(two.x, two.y);
+      Columns v = {{0, 0}, {0, 0}};
+      if (head < A::GROUP) v = token.turned(kv * A::GROUP + head, column);
+      queries.values[0][step][i] = pack_query<A>(v.first);
+      queries.values[0][step + HALF][i] = pack_query<A>(v.second);
     }
   return queries;
 }
+
+// What a warp knows of the new token: the group's queries, and its key and value as the cache stores them, of which a
+// lane holds columns 2 lane, 2 lane + 1 of every 64 in both halves.
+template <class A> struct NewToken {
+  using Number = typename A::Number;
+  static constexpr int HALF = A::D / 2, SHARES = (HALF + 2 * WARP - 1) / (2 * WARP);
+  QueryFragments<A::D, 1> queries;
+  u32 key[SHARES][2], value[SHARES][2];
+  Number* cached;  // where its key belongs, one head of it; null: it is not kept
+
+  template <class T> DEVICE void read(const Projections<A, T>& token, Number* pages, int slot, int kv, int lane) {
+    cached = slot < 0 ? nullptr : pages + PagedCache<A>::key_at(slot / A::PAGE, slot);
+#pragma unroll
+    for (int i = 0; i < SHARES; i++) {
+      int column = (i * WARP + lane) * 2;
+      if (column >= HALF) break;
+      Columns k = token.turned(A::HEADS + kv, column), v = token.value(kv, column);
+      key[i][0] = pack<Number>(k.first.x, k.first.y), key[i][1] = pack<Number>(k.second.x, k.second.y);
+      value[i][0] = pack<Number>(v.first.x, v.first.y), value[i][1] = pack<Number>(v.second.x, v.second.y);
+    }
+    queries = decode_queries(token, kv, lane);
+  }
+
+  // Puts key and value into a row of a tile, and into the cache.
+  DEVICE void put(Number* keys, Number* values, int row, int lane) const {
+#pragma unroll
+    for (int i = 0; i < 2 * SHARES; i++) {
+      int share = i / 2, half = i % 2, column = (share * WARP + lane) * 2;
+      if (column >= HALF) break;
+      column += half * HALF;
+      store_two(chunk_at<A::D>(keys, row, column / 8) + column % 8, key[share][half]);
+      store_two(chunk_at<A::D>(values, row, column / 8) + column % 8, value[share][half]);
+      if (!cached) continue;
+      store_two(cached + column, key[share][half]);
+      store_two(cached + PagedCache<A>::VALUES + column, value[share][half]);
+    }
+  }
+};
+
+// ---- the work of a warp ----
 
 // Tokens outside begin .. end - 1 get no weight.
 DEVICE void mask_keys(float (&scores)[1][DECODE_KEYS / 8][4], int first_key, int begin, int end, int lane) {
@@ -102,19 +184,20 @@ DEVICE void mask_keys(float (&scores)[1][DECODE_KEYS / 8][4], int first_key, int
     }
 }
 
-// The warp's tiles of a piece, each copied STAGES - 1 tiles before it is used. `load_queries` runs once the first
-// copies are under way.
-template <class A, int WARPS, int STAGES, class LoadQueries>
-DEVICE void decode_tiles(Softmax<A::D, 1>& state, LoadQueries load_queries, const PagedCache<A>& cache,
+// The warp's tiles of a piece, each copied STAGES - 1 tiles before it is used. `read_token` gives the NewToken; it runs
+// once the first copies, of keys before it, are under way.
+template <class A, int WARPS, int STAGES, class ReadToken>
+DEVICE void decode_tiles(Softmax<A::D, 1>& state, ReadToken read_token, const PagedCache<A>& cache,
                          const SeenKeys& seen, const Piece& piece, const Logits& l, typename A::Number* stages,
                          int warp, int lane) {
   constexpr int PAGES = PAGES_OF_TILE<A, DECODE_KEYS>, TILE = DECODE_KEYS * A::D;
+  int newest = seen.end - 1;  // keys before it are in the cache
   int first = seen.first_tile + piece.first_round(seen.rounds) * WARPS + warp;
   int last = seen.first_tile + piece.last_round(seen.rounds) * WARPS;
   if (last > seen.last_tile) last = seen.last_tile;
   // Page numbers are read a tile ahead of the copy that needs them: lane p has that of the tile's page p.
   auto page_numbers = [&](int tile) {
-    return cache.page_number(tile * DECODE_KEYS + (PAGES > 1 ? lane % PAGES * A::PAGE : 0), seen.end);
+    return cache.page_number(tile * DECODE_KEYS + (PAGES > 1 ? lane % PAGES * A::PAGE : 0), newest);
   };
   auto next_slot = [](int slot) { return slot + 1 == STAGES ? 0 : slot + 1; };
   int to_copy = first, copy_slot = 0, numbers = page_numbers(first);
@@ -122,7 +205,7 @@ DEVICE void decode_tiles(Softmax<A::D, 1>& state, LoadQueries load_queries, cons
     if (to_copy < last) {
       auto number_of = [&](int row) { return PAGES > 1 ? shuffle(numbers, row / A::PAGE) : numbers; };
       typename A::Number* keys = stages + copy_slot * 2 * TILE;
-      copy_tile<A, DECODE_KEYS, WARP>(keys, keys + TILE, cache, to_copy * DECODE_KEYS, seen.begin, seen.end, lane,
+      copy_tile<A, DECODE_KEYS, WARP>(keys, keys + TILE, cache, to_copy * DECODE_KEYS, seen.begin, newest, lane,
                                       number_of);
       numbers = page_numbers(to_copy + WARPS);
     }
@@ -132,15 +215,19 @@ DEVICE void decode_tiles(Softmax<A::D, 1>& state, LoadQueries load_queries, cons
   };
 
   for (int i = 0; i < STAGES - 1; i++) start_copy();
-  QueryFragments<A::D, 1> queries = load_queries();
+  NewToken<A> token = read_token();
   int slot = 0;
   for (int tile = first; tile < last; tile += WARPS) {
     wait_copies<STAGES - 2>();
     sync_warp();  // the tile has arrived for all lanes, and all have left the slot that is filled next
     start_copy();
-    const typename A::Number* keys = stages + slot * 2 * TILE;
+    typename A::Number* keys = stages + slot * 2 * TILE;
+    if (tile == newest / DECODE_KEYS) {  // of one warp in all blocks
+      token.put(keys, keys + TILE, newest % DECODE_KEYS, lane);
+      sync_warp();
+    }
     float scores[1][DECODE_KEYS / 8][4];
-    multiply_keys<A::D, DECODE_KEYS>(scores, queries, keys, lane);
+    multiply_keys<A::D, DECODE_KEYS>(scores, token.queries, keys, lane);
     cap_scores<A>(scores, l);
     int first_key = tile * DECODE_KEYS;
     if (first_key < seen.begin || first_key + DECODE_KEYS > seen.end)
@@ -242,12 +329,13 @@ template <class A, int THREADS, class F> DEVICE void for_each_four(F f) {
   for (int i = threadIdx.x; i < A::GROUP * A::D / 4; i += THREADS) f(i / (A::D / 4), i % (A::D / 4) * 4);
 }
 
-// out, q: (sequences, HEADS, D). block_table: (sequences, table_stride), read only where a sequence has tokens;
-// seq_lens: tokens of each sequence, the new one included; 0: padding, whose outputs are left as they are.
+// out: (sequences, HEADS, D); qkv: (sequences, HEADS + 2 KV, D); cos, sin: (sequences, D / 2); slots: (sequences),
+// where the cache keeps the new token, negative: nowhere. block_table: (sequences, table_stride), read only where a
+// sequence has tokens; seq_lens: tokens of each, the new one included; 0: padding, whose outputs are left as they are.
 // partials: blocks * HEADS * (D + 1) floats; arrivals: sequences * KV counters, 0 before the first launch.
-template <class A, int WARPS, int STAGES>
-DEVICE void attention_decode(typename A::Activation* out, const typename A::Activation* q,
-                             const typename A::Number* pages, const i32* block_table, const i32* seq_lens,
+template <class A, int WARPS, int STAGES, class T>
+DEVICE void attention_decode(typename A::Activation* out, const T* qkv, const float* cos, const float* sin,
+                             const i32* slots, typename A::Number* pages, const i32* block_table, const i32* seq_lens,
                              float* partials, u32* arrivals, int sequences, int table_stride, float scale, float cap) {
   constexpr int THREADS = WARPS * WARP;
   using Results = WarpResults<A, WARPS>;
@@ -255,20 +343,24 @@ DEVICE void attention_decode(typename A::Activation* out, const typename A::Acti
   static_assert(STAGES >= 2 && sizeof(Results) <= DECODE_SHARED_BYTES<A, WARPS, STAGES>, "results fit in the stages");
   DYNAMIC_SHARED(shared);
   let_next_start();
-  wait_for_previous();
-
   int kv = blockIdx.x, blocks = gridDim.y, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   Piece piece = find_piece<A, WARPS>(seq_lens, sequences, blockIdx.y, blocks, lane);
   int s = piece.sequence;
-  if (s < 0) return;
-  i64 first_row = (i64(s) * A::HEADS + kv * A::GROUP) * A::D;
-  q += first_row, out += first_row;
+  if (s < 0) return;  // without waiting: that other blocks do keeps what runs after this kernel behind the one before
+  out += (i64(s) * A::HEADS + kv * A::GROUP) * A::D;
+  auto read_token = [&] {
+    wait_for_previous();
+    Projections<A, T> projections = {qkv + i64(s) * ((A::HEADS + 2 * A::KV) * A::D), cos + s * (A::D / 2),
+                                     sin + s * (A::D / 2)};
+    NewToken<A> token;
+    token.read(projections, pages + i64(kv) * (A::PAGE * A::D), slots[s], kv, lane);
+    return token;
+  };
 
   auto* stages = reinterpret_cast<typename A::Number*>(shared) + warp * STAGES * 2 * DECODE_KEYS * A::D;
   Softmax<A::D, 1> state;
   state.clear();
-  decode_tiles<A, WARPS, STAGES>(state, [&] { return decode_queries<A>(q, lane); },
-                                 paged_cache<A>(pages, kv, block_table, table_stride, s),
+  decode_tiles<A, WARPS, STAGES>(state, read_token, paged_cache<A>(pages, kv, block_table, table_stride, s),
                                  seen_keys<A, WARPS>(seq_lens[s]), piece, logits<A>(scale, cap), stages, warp, lane);
   __syncthreads();  // all warps are done with their stages
   Results& found = *reinterpret_cast<Results*>(shared);

@@ -34,13 +34,13 @@ template <class A> struct PagedCache {
 
   // The number of the page of token `key`; tokens from `end` on have none.
   DEVICE int page_number(int key, int end) const { return key < end ? table[u32(key) / A::PAGE] : 0; }
-  // The D values of token `key`, which lies in page `number`.
-  DEVICE const typename A::Number* key_row(int number, int key) const {
-    return pages + (i64(number) * (2 * A::KV * A::PAGE) + u32(key) % A::PAGE) * A::D;
+  // Where in `pages` the D values of token `key`, which lies in page `number`, begin; its value is VALUES after its key.
+  DEVICE static i64 key_at(int number, int key) {
+    return (i64(number) * (2 * A::KV * A::PAGE) + u32(key) % A::PAGE) * A::D;
   }
-  DEVICE const typename A::Number* value_row(int number, int key) const {
-    return key_row(number, key) + A::KV * A::PAGE * A::D;
-  }
+  static constexpr int VALUES = A::KV * A::PAGE * A::D;
+  DEVICE const typename A::Number* key_row(int number, int key) const { return pages + key_at(number, key); }
+  DEVICE const typename A::Number* value_row(int number, int key) const { return key_row(number, key) + VALUES; }
 };
 
 template <class A>

@@ -69,4 +69,4 @@ def kernel(
     body = f"gemm_mma::gemm_block<{template}>(x, w, {{bias, residual}}, out, n);"
     text = definition(name, [*PARAMS, f"{C_TYPES[out]}* out", "int n"], body, THREADS, BLOCKS)
     grid = (ceildiv("n", tile.tokens), -(-n // tile.rows), 1)
-    return text, Launch(name, grid, THREADS, args, tile.stages(arch) * tile.stage_bytes, is_shared_heavy=True)
+    return text, Launch(name, grid, THREADS, args, tile.stages(arch) * tile.stage_bytes)

@@ -24,6 +24,7 @@ from . import gemm, gemm_mma, stream
 from .code import C_TYPES, HALVES, cpp, definition, operand_type
 
 THREADS = 256  # of the kernels before
+HOW = "kernel: targets/cuda_kernels/linear.py"
 # Up to here products are bound by reading the weights: with Hopper's kernel for more, and with that of all GPUs.
 FEW_TOKENS, FEW_TOKENS_MMA = 16, 64
 MOST_DECODED = 1 << 16  # rows; vocabularies are larger, seldom meet many tokens, and would take a GB of scratch memory
@@ -45,7 +46,7 @@ def linear(spec: Linear, arch: str) -> DeviceKernel:
     params.append(Param("out", ("n", width), "float32", () if spec.has_residual else HALVES))
     kernel = _Linear(spec, [p.name for p in params], operand, arch)
     flops = 2 * spec.out_features * spec.in_features
-    return DeviceKernel(spec.name, tuple(params), kernel.code, "kernel: targets/cuda_kernels/linear.py", flops)
+    return DeviceKernel(spec.name, tuple(params), kernel.code, HOW, flops, spec)
 
 
 @dataclass(frozen=True)

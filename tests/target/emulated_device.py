@@ -25,7 +25,7 @@ class EmulatedDevice:
         self._constants: dict[str, list[bool]] = {}  # parameters that are only read
         self._kernels: dict[str, EmulatedKernel] = {}
 
-    def load(self, module: bytes, names: Sequence[str], shared_heavy: Sequence[str] = ()) -> None:
+    def load(self, module: bytes, names: Sequence[str]) -> None:
         self._includes, *definitions = module.decode().split(DEFINITION)
         for text in definitions:
             head = re.sub(r"__launch_bounds__\([^)]*\)", "", text)

@@ -1,5 +1,7 @@
-"""Attention of the cuda target, emulated, against NumPy: ragged batches, permuted block tables, windows, soft-caps."""
+"""Attention of the cuda target, emulated, against NumPy: ragged batches, permuted block tables, windows, soft-caps; in
+decoding with the rotation and the append to the pages before it."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,15 +10,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from mlcgen.targets.base import Attention
+from mlcgen.targets.cuda_kernels import paged_attention, rope_append, rope_attention
+from mlcgen.targets.device_kernel import DeviceKernel
+
+from .cuda_build import run as run_kernel
 from .emulate_cuda import EmulatedKernel, Order, compile_kernel, needs_compiler
+from .reference import rotate
 
 pytestmark = needs_compiler
 
-NUMBERS = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+NUMBERS = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16), "float": np.dtype(np.float32)}
 # Weights are rounded to the cache's type before they are multiplied, and so are outputs.
 TOLERANCE = {"f16": 2e-3, "bf16": 1.6e-2}
 CAP = 3.0
 DECODE = (4, 3)  # warps, stages
+LARGE_DECODE = (4, 2)  # of heads of 256 values
 PREFILLS = [(4, 1, 32), (2, 2, 64)]  # warps, blocks of rows of each, keys of a tile
 
 
@@ -30,6 +39,7 @@ class Layer:
     window: int = 0
     capped: bool = False
     activation: str = "f16"
+    projected: str = "f16"  # the type of what queries, keys and values are made of
     spread: float = 2  # of queries: the larger, the more the largest logit changes from tile to tile
 
     @property
@@ -44,16 +54,17 @@ class Layer:
 
 LAYERS = [
     Layer("f16", 2, 1, 64, 16, spread=16),
-    Layer("bf16", 1, 3, 64, 1, activation="bf16"),
+    Layer("bf16", 1, 3, 64, 1, activation="bf16", projected="bf16"),
     Layer("f16", 2, 4, 96, 64, capped=True),
     Layer("bf16", 2, 3, 128, 16, window=20),
-    Layer("f16", 1, 4, 128, 64, window=33, capped=True, activation="bf16"),
+    Layer("f16", 1, 4, 128, 64, window=33, capped=True, activation="bf16", projected="float"),
     Layer("bf16", 1, 1, 96, 1, window=1, activation="bf16"),
 ]
+LARGE = Layer("f16", 1, 8, 256, 16, projected="float")
 each_layer = pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.type)
 CONTEXTS = {
     "few": [1, 0, 15, 16, 17, 70],
-    "long and short": [1000, 1, 0],
+    "long and short": [4096, 1, 0],
     "more than lanes": [200 if i // 32 == 1 else i % 3 for i in range(70)],
 }
 # Sequences as (cached positions, new tokens).
@@ -65,14 +76,14 @@ BATCHES = {
 }
 
 
-def kernel_of(function: str, layer: Layer, shape: Sequence[int], lengths: str) -> EmulatedKernel:
-    """attention_decode or attention_prefill for a layer; `lengths`: the parameters that tell of sequences."""
-    names = ", ".join(word for part in lengths.split(",") for word in part.split(" ")[-1:])
+def kernel_of(function: str, layer: Layer, shape: Sequence[int], inputs: str, lengths: str) -> EmulatedKernel:
+    """attention_decode or attention_prefill for a layer; `inputs`: the parameters before the block table, `lengths`:
+    those that tell of sequences, after it."""
+    inputs_, lengths_ = (", ".join(part.split(" ")[-1] for part in params.split(",")) for params in (inputs, lengths))
     source = f"""#include "{function}.cuh"
-    extern "C" __global__ void kernel({layer.activation}* out, const {layer.activation}* q, const {layer.number}* pages,
-                                      const i32* block_table, const i32* seq_lens, {lengths}, int table_stride,
-                                      float scale, float cap) {{
-      {function}<{layer.type}, {", ".join(map(str, shape))}>(out, q, pages, block_table, seq_lens, {names},
+    extern "C" __global__ void kernel({layer.activation}* out, {inputs}, const i32* block_table, const i32* seq_lens,
+                                      {lengths}, int table_stride, float scale, float cap) {{
+      {function}<{layer.type}, {", ".join(map(str, shape))}>(out, {inputs_}, block_table, seq_lens, {lengths_},
           table_stride, scale, cap);
     }}"""
     return compile_kernel(source, "kernel")
@@ -89,8 +100,13 @@ class Batch:
     expected: np.ndarray
 
     @classmethod
-    def random(cls, layer: Layer, sequences: Sequence[tuple[int, int]]) -> "Batch":
-        """Slots of pages that no token fills hold NaN, and entries of the table that no page fills are out of range."""
+    def random(
+        cls, layer: Layer, sequences: Sequence[tuple[int, int]], made: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> "Batch":
+        """Slots of pages that no token fills hold NaN, and entries of the table that no page fills are out of range.
+
+        made: queries (n, H, D), and keys and values (n, 2, KV, D), of the new tokens, where they are not random.
+        """
         rng = np.random.default_rng(0)
         counts = [-(-(cached + new) // layer.page) for cached, new in sequences]
         shape = (sum(counts) + 1, 2, layer.kv, layer.page, layer.head_dim)
@@ -99,13 +115,16 @@ class Batch:
         free = list(rng.permutation(len(pages)))
         heads = layer.kv * layer.group
         q = layer.spread * rng.standard_normal((sum(new for _, new in sequences), heads, layer.head_dim))
-        q = q.astype(NUMBERS[layer.activation])
+        q = (q if made is None else made[0]).astype(NUMBERS[layer.activation])
         expected: list[np.ndarray] = []
         for s, (cached, new) in enumerate(sequences):
             for i in range(counts[s]):
                 table[s, i] = page = free.pop()
                 filled = min(layer.page, cached + new - i * layer.page)
                 pages[page, :, :, :filled] = rng.standard_normal((2, layer.kv, filled, layer.head_dim))
+            for i in range(new if made is not None else 0):
+                page, row = table[s, (cached + i) // layer.page], (cached + i) % layer.page
+                pages[page, :, :, row] = made[1][len(expected) + i]
             tokens = pages[table[s, : counts[s]]].transpose(1, 0, 3, 2, 4).reshape(2, -1, layer.kv, layer.head_dim)
             for position in range(cached, cached + new):
                 expected.append(attend(layer, q[len(expected)], tokens[0], tokens[1], position))
@@ -129,39 +148,89 @@ def assert_close(layer: Layer, out: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(out.astype(np.float64), expected, rtol=tolerance, atol=tolerance)
 
 
-@each_layer
+@dataclass
+class DecodeStep:
+    """A step in which every sequence of a batch decodes: what its new tokens are made of, a row for each sequence.
+
+    Rows of sequences without tokens are NaN.
+    """
+
+    batch: Batch
+    qkv: np.ndarray
+    angles: tuple[np.ndarray, np.ndarray]  # cosines and sines
+    slots: np.ndarray
+    pages: np.ndarray  # before the step: NaN where the new tokens' keys and values go
+
+    @classmethod
+    def random(cls, layer: Layer, contexts: Sequence[int]) -> "DecodeStep":
+        rng = np.random.default_rng(len(contexts))
+        heads, used = layer.kv * layer.group, np.array(contexts) > 0
+        qkv = np.full((len(contexts), heads + 2 * layer.kv, layer.head_dim), np.nan)
+        qkv[used] = rng.standard_normal((used.sum(), *qkv.shape[1:]))
+        qkv[:, :heads] *= layer.spread
+        qkv = qkv.astype(NUMBERS[layer.projected])
+        turn = rng.uniform(0, 7, (len(contexts), layer.head_dim // 2))
+        angles = np.cos(turn).astype(np.float32), np.sin(turn).astype(np.float32)
+        turned = rotate(qkv.astype(np.float64), *angles)[used]
+        keys_values = np.stack([turned[:, heads : heads + layer.kv], qkv[used, heads + layer.kv :]], 1)
+        sequences = [(tokens - 1, 1) if tokens else (0, 0) for tokens in contexts]
+        batch = Batch.random(layer, sequences, (turned[:, :heads], keys_values))
+        slots, pages = np.full(len(contexts), -1, np.int32), batch.pages.copy()
+        for s in np.flatnonzero(used):
+            page, row = batch.block_table[s, (contexts[s] - 1) // layer.page], (contexts[s] - 1) % layer.page
+            pages[page, :, :, row] = np.nan
+            slots[s] = page * layer.page + row
+        return cls(batch, qkv, angles, slots, pages)
+
+    def assert_appended(self, layer: Layer, pages: np.ndarray) -> None:
+        """Keys and values are in the slots of the new tokens, and nothing else has changed."""
+        expected, rounding = self.pages.copy(), float(ml_dtypes.finfo(NUMBERS[layer.number]).eps)
+        for slot in self.slots[self.slots >= 0]:
+            at = np.s_[slot // layer.page, :, :, slot % layer.page]
+            found, wanted = (held[at].astype(np.float64) for held in (pages, self.batch.pages))
+            np.testing.assert_allclose(found, wanted, rtol=rounding, atol=1e-6)
+            expected[at] = pages[at]
+        np.testing.assert_array_equal(pages.view(np.uint16), expected.view(np.uint16))
+
+
+@pytest.mark.parametrize("layer", [*LAYERS, LARGE], ids=lambda layer: layer.type)
 def test_decode(layer: Layer) -> None:
     """Pieces: how many the keys of one head are cut into, at least; then several blocks share a sequence."""
-    warps, stages = DECODE
-    kernel = kernel_of("attention_decode", layer, DECODE, "float* partials, u32* arrivals, int sequences")
+    warps, stages = shape = LARGE_DECODE if layer == LARGE else DECODE
+    qkv = f"const {layer.projected}* qkv, const float* cos, const float* sin, const i32* slots"
+    lengths = "float* partials, u32* arrivals, int sequences"
+    kernel = kernel_of("attention_decode", layer, shape, f"{qkv}, {layer.number}* pages", lengths)
 
-    def run(batch: Batch, q: np.ndarray, pieces: int, order: Order) -> np.ndarray:
-        count = len(batch.lengths)
-        out, arrivals = np.full_like(q, 7), np.zeros(count * layer.kv, np.uint32)
-        partials = np.full((count + pieces) * q[0, :, 0].size * (layer.head_dim + 1), np.nan, np.float32)
+    def run(step: DecodeStep, pieces: int, order: Order) -> np.ndarray:
+        batch, count = step.batch, len(step.slots)
+        out = np.full((count, *batch.q.shape[1:]), 7, batch.q.dtype)
+        arrivals = np.zeros(count * layer.kv, np.uint32)
+        partials = np.full((count + pieces) * out[0, :, 0].size * (layer.head_dim + 1), np.nan, np.float32)
         sequences = (batch.block_table, batch.lengths, partials, arrivals, count, batch.block_table.shape[1])
+        pages = step.pages.copy()
+        args = (out, step.qkv, *step.angles, step.slots, pages, *sequences, layer.scale, CAP)
         shared = warps * stages * 2 * 16 * layer.head_dim * 2
-        args = (out, q, batch.pages, *sequences, layer.scale, CAP)
         kernel((layer.kv, count + pieces), warps * 32, args, shared, order)
         assert not arrivals.any()  # ready for the next launch
+        step.assert_appended(layer, pages)
         return out
 
     for contexts in CONTEXTS.values():
-        batch = Batch.random(layer, [(tokens - 1, 1) if tokens else (0, 0) for tokens in contexts])
-        used = batch.lengths > 0
-        q = np.ones((len(contexts), *batch.q.shape[1:]), batch.q.dtype)
-        q[used] = batch.q
+        step = DecodeStep.random(layer, contexts)
+        used = step.batch.lengths > 0
+        step.slots[np.flatnonzero(used)[-1]] = -1  # it is not kept, but attends to itself
         for pieces in (1, 3, 40):
-            out = run(batch, q, pieces, "ascending")
-            assert_close(layer, out[used], batch.expected)
+            out = run(step, pieces, "ascending")
+            assert_close(layer, out[used], step.batch.expected)
             assert (out[~used] == 7).all()
-            np.testing.assert_array_equal(run(batch, q, pieces, "descending"), out)
+            np.testing.assert_array_equal(run(step, pieces, "descending"), out)
 
 
 @each_layer
 @pytest.mark.parametrize("shape", PREFILLS)
 def test_prefill(layer: Layer, shape: tuple[int, int, int]) -> None:
-    kernel = kernel_of("attention_prefill", layer, shape, "const i32* query_start, int sequences")
+    inputs = f"const {layer.activation}* q, const {layer.number}* pages"
+    kernel = kernel_of("attention_prefill", layer, shape, inputs, "const i32* query_start, int sequences")
     warps, blocks, keys = shape
     rows = warps * blocks * 16
 
@@ -182,3 +251,34 @@ def test_prefill(layer: Layer, shape: tuple[int, int, int]) -> None:
         assert_close(layer, out[:-2], batch.expected)
         assert (out[-2:] == 7).all()
         np.testing.assert_array_equal(run(batch, starts, "descending"), out)
+
+
+def test_a_step_of_decodes_in_one_kernel_and_in_two() -> None:
+    """As the plan launches them: one for steps of decodes, two for others; and two calls where something stands between
+    rotation and attention."""
+    layer = Layer("f16", 2, 2, 96, 16)
+    spec = Attention(layer.kv * layer.group, layer.kv, layer.head_dim, layer.page, "float16", layer.scale, 0)
+    step = DecodeStep.random(layer, [70, 1, 16, 300, 33])
+    batch, count = step.batch, len(step.slots)
+    symbols = {"n": count, "seqs": count, "blocks": batch.block_table.shape[1], "num_pages": len(step.pages)}
+    projections = (step.qkv.reshape(count, -1), *step.angles, step.slots)
+    sequences = (batch.block_table, batch.lengths, np.arange(count + 1, dtype=np.int32), batch.lengths - 1)
+
+    def run(kernel: DeviceKernel, is_decode: int, *arrays: np.ndarray) -> list[str]:
+        dtypes = ["float16" if p.narrow else p.dtype for p in kernel.params]
+        return run_kernel(kernel, arrays, symbols | {"is_decode": is_decode}, dtypes)
+
+    pages = [step.pages.copy() for _ in range(3)]
+    q, *outs = (np.full(batch.q.shape, np.nan, np.float16) for _ in range(4))
+    fused = rope_attention(spec, "sm_90")
+    names = run(fused, 1, *projections, pages[0], *sequences, outs[0])
+    assert [name.split("_float16")[0] for name in names] == ["attention_decode"]
+    names = run(fused, 0, *projections, pages[1], *sequences, outs[1])
+    assert [name.split("_f")[0] for name in names] == ["rope_append", "attention_prefill"]
+    run(rope_append(*dataclasses.astuple(spec)[:5]), 1, *projections, pages[2], q)
+    run(paged_attention(spec, "sm_90"), 1, q, pages[2], *sequences, outs[2])
+    for after in pages:
+        step.assert_appended(layer, after)
+    for out in outs:
+        assert_close(layer, out, batch.expected)
+    np.testing.assert_array_equal(outs[1], outs[2])

@@ -281,12 +281,6 @@ def test_each_function_may_have_all_shared_memory(driver: FakeDriver, arch: int,
         device.launch("small", (1, 1, 1), 32, most - 1023, [ctypes.c_uint64(0)])
 
 
-def test_functions_that_prefer_shared_memory_to_cache(driver: FakeDriver, device: CudaDevice) -> None:
-    device.load(MODULE, ["add", "plain"], {"plain"})
-    assert [line.split()[1] for line in driver.logged("cuFuncSetAttribute")] == ["8", "8", "9"]
-    assert driver.logged("cuFuncSetAttribute")[2] == "cuFuncSetAttribute 9 100"
-
-
 def test_a_function_that_is_not_there(device: CudaDevice) -> None:
     with pytest.raises(DeviceError, match=r"cuModuleGetFunction\(ad\) failed with CUDA_ERROR_NOT_FOUND"):
         device.load(MODULE, ["add", "ad"])

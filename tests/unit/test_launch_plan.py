@@ -37,7 +37,7 @@ CONFIG = {
 MAX_BATCH = 8
 STEP_SYMBOLS = {"seqs": MAX_BATCH, "blocks": 16, "num_pages": 99, "is_decode": 0, "longest": 256}
 # Steps of a layer and its kernels' families, without what tells kernels apart.
-LAYER = ["linear_norm", "rope_append", "paged_attention", "linear_residual", "linear_norm_swiglu", "linear_residual"]
+LAYER = ["linear_norm", "rope_attention", "linear_residual", "linear_norm_swiglu", "linear_residual"]
 
 
 def compiled(folder: Path, arch: str, quantization: str, **options: Any) -> Path:
@@ -106,14 +106,14 @@ def test_the_last_variant_takes_any_step(plan: dict[str, Any]) -> None:
         assert variants[-1]["when"] == 1
 
 
-def test_layers_are_six_steps_each(plan: dict[str, Any]) -> None:
+def test_layers_are_five_steps_each(plan: dict[str, Any]) -> None:
     families = [name.rstrip("0123456789") for name, _, _ in plan["steps"]]
     found = [
         "_".join(w for w in name.split("_") if w not in ("q4", "q8", "f16", "bf16", "f", "bf")) for name in families
     ]
     first = found.index("linear_norm")
-    assert found[first : first + 18] == 3 * LAYER
-    assert found[first + 18 :] == ["take", "linear_norm"]
+    assert found[first : first + 15] == 3 * LAYER
+    assert found[first + 15 :] == ["take", "linear_norm"]
 
 
 def test_symbols_of_calls(plan: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mlcgen.errors import ArtifactError, DeviceError, MlcgenError
 from mlcgen.runtime.executor import StepInput
-from mlcgen.runtime.plan import INPUTS, VERSION, check_fit, function_names, read_plan, shared_heavy_functions
+from mlcgen.runtime.plan import INPUTS, VERSION, check_fit, function_names, read_plan
 from mlcgen.runtime.plan_executor import PlanExecutor
 
 
@@ -27,7 +27,6 @@ def launch(function: str, *args: list[Any], grid: Sequence[Any] = ("n", 1, 1), s
         "args": list(args),
         "shared": shared,
         "overlaps": True,
-        "is_shared_heavy": bool(shared),
     }
 
 
@@ -200,7 +199,6 @@ def test_a_plan(tmp_path: Path) -> None:
     plan = read_plan(written(tmp_path, PLAN))
     assert plan == PLAN
     assert function_names(plan) == ["before", "embed", "few", "many"]
-    assert shared_heavy_functions(plan) == {"few"}
     assert run(plan) == ["embed", "before", "many", *2 * ["embed", "few"]]  # the second time recorded
 
 
@@ -349,7 +347,6 @@ def test_any_damage_is_harmless_or_refused(tmp_path: Path, damaged: tuple[str, A
         assert "compile the model again" in str(error)  # noqa: PT017
         return
     assert found == plan
-    assert set(function_names(found)) >= shared_heavy_functions(found)
     with contextlib.suppress(MlcgenError):  # too little memory, a size that cannot be computed for this step
         run(found)
 

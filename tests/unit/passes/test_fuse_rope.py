@@ -4,6 +4,7 @@ from tvm import relax
 
 from mlcgen.passes.fuse_rope import fuse_rope, write_out_rope
 from mlcgen.passes.paged_attention import KvLayout, index_inputs, paged_attention, pages_type
+from mlcgen.targets.base import Attention
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
 SIZES = [HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM]
@@ -54,7 +55,8 @@ def fused(tools):
         q_ty = relax.TensorType((tools.n, HEADS, DIM), "float32")
         pair = builder.emit(relax.call_tir_inplace(gv, [qkv, cos, sin, slots, pages], [-1, 4], [q_ty, pages.ty]))
         q, appended = (builder.emit(relax.TupleGetItem(pair, i)) for i in range(2))
-        kernel = kernels.paged_attention(HEADS, KV_HEADS, DIM, LAYOUT.page_size, LAYOUT.dtype, DIM**-0.5, 0)
+        spec = Attention(HEADS, KV_HEADS, DIM, LAYOUT.page_size, LAYOUT.dtype, DIM**-0.5, 0)
+        kernel = kernels.paged_attention(spec)
         attend = builder.add_func(kernel.without_attr("global_symbol"), "paged_attention")
         return relax.call_tir(attend, [q, appended, table, lens, starts, positions], q_ty)
 

@@ -62,8 +62,7 @@ def types(mod):
 def layer(fmt, half):
     return [
         (f"linear_{fmt}_norm", half),  # queries, keys and values
-        ("rope_append", half),
-        ("paged_attention", half),
+        ("rope_attention", half),
         (f"linear_{fmt}_residual", "float32"),
         (f"linear_{fmt}_norm_swiglu", half),
         (f"linear_{fmt}_residual", "float32"),
@@ -90,7 +89,7 @@ def test_kernels_declare_the_types_that_they_are_given(cuda):
 
 
 def test_pages_keep_their_type(cuda):
-    appended = [dtypes for name, dtypes in kernels(model(cuda, rest=BF16)) if name.startswith("rope_append")]
+    appended = [dtypes for name, dtypes in kernels(model(cuda, rest=BF16)) if name == "rope_attention"]
     assert appended == 2 * [["bfloat16", "float16"]]
 
 
@@ -98,7 +97,7 @@ def test_what_a_product_in_another_type_reads_is_of_that_type(cuda):
     """Gated activations for a matrix in bfloat16 among others in float16."""
     found = types(model(cuda, rest=F16, down_proj=BF16))
     assert found.count(("linear_f16_norm_swiglu", "bfloat16")) == 2
-    assert ("paged_attention", "float16") in found
+    assert ("rope_attention", "float16") in found
 
 
 def test_the_cpu_keeps_float32(tools):

@@ -6,6 +6,7 @@ from tvm import relax
 
 from mlcgen.models.layers import export
 from mlcgen.passes.paged_attention import KvLayout, append_kernel, index_inputs, paged_attention, pages_type
+from mlcgen.targets.base import Attention
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
 LAYOUT = KvLayout(KV_HEADS, DIM, 4, "float32")
@@ -26,8 +27,8 @@ def paged(tools, layout):
     def body(builder, q, positions, k, v, slots, table, lens, starts, pages):
         append = builder.add_func(append_kernel(layout).without_attr("global_symbol"), "append")
         appended = builder.emit(relax.call_tir_inplace(append, [k, v, slots, pages], 3, ty))
-        sizes = (HEADS, KV_HEADS, DIM, layout.page_size, layout.dtype, DIM**-0.5, 0)
-        kernel = tools.target.kernels.paged_attention(*sizes).without_attr("global_symbol")
+        spec = Attention(HEADS, KV_HEADS, DIM, layout.page_size, layout.dtype, DIM**-0.5, 0)
+        kernel = tools.target.kernels.paged_attention(spec).without_attr("global_symbol")
         gv = builder.add_func(kernel, "paged_attention")
         return relax.call_tir(gv, [q, appended, table, lens, starts, positions], q.ty)
 
