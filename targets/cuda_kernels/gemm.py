@@ -100,9 +100,8 @@ def signature(tiling: Tiling, spec: Linear, operand: str, out: str, q4: bool) ->
     features = spec.out_features // 2 if gated else spec.out_features
     first = "codes, scales, x" if q4 else "w, w, x"
     body = f"gemm::gemm_block<{C_TYPES[operand]}, {tile}, {cpp(has_residual)}>(gemm::Maps{{{first}}}, "
-    body += f"gemm::Output<{C_TYPES[out]}>(out, bias, residual, n, {features}), "
-    body += f"gemm::Partials<{tile}>{{nullptr, nullptr}}, "
-    body += f"{spec.in_features}, 0);"
+    residual = "residual" if spec.has_residual else "nullptr"
+    body += f"gemm::Output<{C_TYPES[out]}>(out, bias, {residual}, n, {features}), {spec.in_features});"
     return before, params, body
 
 

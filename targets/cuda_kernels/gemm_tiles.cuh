@@ -45,55 +45,34 @@ struct Tiling {
 
 // ---- Which products a worker computes ------------------------------------------------------------------------------
 
-// Steps [k_begin, k_end) of BLOCK_K values of one tile.
-struct Segment {
-  int features, tokens;  // numbers of the tile, in features (of the cluster) and in tokens
-  int k_begin, k_end;
+// Of a tile: its numbers in features (of the cluster) and in tokens.
+struct Place {
+  int features, tokens;
 };
 
 struct Schedule {
-  int feature_tiles, token_tiles, near, k_steps;
-  int worker, workers;
-  int part, parts;  // of a whole tile's steps: this block of the cluster computes that part
-  int split_tiles;  // the first tiles are split between all workers
-  int step, end;    // what is left of this worker's part of them
-  int tile;         // its next whole tile
+  int feature_tiles, token_tiles, near;
+  int tile, workers;   // the worker's next tile
+  int part;            // of those blocks of the cluster that split k
+  int k_begin, k_end;  // steps of BLOCK_K values that this block computes of each tile
 
   DEVICE Schedule(int feature_tiles, int token_tiles, int near, int k_steps, int worker, int workers, int part,
-                  int parts, int split_tiles)
-      : feature_tiles(feature_tiles), token_tiles(token_tiles), near(near), k_steps(k_steps), worker(worker),
-        workers(workers), part(part), parts(parts), split_tiles(split_tiles), step(first_step(worker)),
-        end(first_step(worker + 1)), tile(split_tiles + worker) {}
-
-  DEVICE int first_step(int w) const {
-    int steps = split_tiles * k_steps;
-    return w * (steps / workers) + min(w, steps % workers);
-  }
-
-  DEVICE bool next(Segment& s) {
-    if (step < end) {
-      int t = step / k_steps;
-      place(s, t);
-      s.k_begin = step - t * k_steps;
-      s.k_end = min(k_steps, s.k_begin + end - step);
-      step += s.k_end - s.k_begin;
-      return true;
-    }
-    if (tile >= feature_tiles * token_tiles) return false;
-    place(s, tile);
-    s.k_begin = k_steps * part / parts, s.k_end = k_steps * (part + 1) / parts;
-    tile += workers;
-    return true;
-  }
+                  int parts)
+      : feature_tiles(feature_tiles), token_tiles(token_tiles), near(near), tile(worker), workers(workers), part(part),
+        k_begin(k_steps / parts * part + min(part, k_steps % parts)),
+        k_end(k_begin + k_steps / parts + (part < k_steps % parts)) {}
 
   // Tiles that are computed at the same time should share rows of W and of x in the L2 cache: tokens come in groups of
   // `near` tiles, and within a group each tile of features meets all of its tokens before the next.
-  DEVICE void place(Segment& s, int t) const {
-    int group = t / (near * feature_tiles);
-    int in_group = t - group * near * feature_tiles;
+  DEVICE bool next(Place& at) {
+    if (tile >= feature_tiles * token_tiles) return false;
+    int group = tile / (near * feature_tiles);
+    int in_group = tile - group * near * feature_tiles;
     int width = min(near, token_tiles - group * near);
-    s.features = in_group / width;
-    s.tokens = group * near + in_group % width;
+    at.features = in_group / width;
+    at.tokens = group * near + in_group % width;
+    tile += workers;
+    return true;
   }
 };
 
@@ -154,20 +133,20 @@ template <class Tile, class Staged> struct SharedMemory {
 
 // ---- The producer --------------------------------------------------------------------------------------------------
 
-// Walks through the steps of a worker's segments.
+// Walks through the steps of a worker's tiles.
 struct Cursor {
   Schedule schedule;
-  Segment at;
+  Place at;
   int k;
   bool valid;
 
-  DEVICE explicit Cursor(const Schedule& s) : schedule(s) { next_segment(); }
-  DEVICE void next_segment() {
+  DEVICE explicit Cursor(const Schedule& s) : schedule(s) { next_tile(); }
+  DEVICE void next_tile() {
     valid = schedule.next(at);
-    k = at.k_begin;
+    k = schedule.k_begin;
   }
   DEVICE void advance() {
-    if (++k == at.k_end) next_segment();
+    if (++k == schedule.k_end) next_tile();
   }
 };
 

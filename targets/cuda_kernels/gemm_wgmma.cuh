@@ -10,9 +10,6 @@
 // A worker is a cluster of SHARE x SPLIT blocks. SHARE blocks have neighbouring features and share a tile of x: each
 // copies a part of it to all of them. SPLIT blocks have the same features and share k; each adds up the sums of a part
 // of the tokens.
-//
-// Besides, the first `split_tiles` tiles of the output can be split along k evenly between all workers (a tile's sums
-// are added by the worker that has its beginning, always in the same order); the others are computed whole, in turn.
 #pragma once
 #include "gemm_tiles.cuh"
 
@@ -39,11 +36,11 @@ DEVICE void multiply(float (&sums)[Tile::SUMS], const Shared& shared, Ring<Tile:
   int before = 0;
   for (int i = 0; i < steps; i++) {
     wait(shared.full(ring.stage), ring.parity);
-    u64 w = swizzled_rows(shared.w(ring.stage) + consumer * GROUP_ROWS * ROW_BYTES);
-    u64 x = swizzled_rows(shared.x(ring.stage));
+    const unsigned char *w = shared.w(ring.stage) + consumer * GROUP_ROWS * ROW_BYTES, *x = shared.x(ring.stage);
     fence_products();
 #pragma unroll
-    for (int k = 0; k < BLOCK_K / 16; k++) wgmma<T>(sums, w + 2 * k, x + 2 * k, i > 0 || k > 0);
+    for (int k = 0; k < BLOCK_K / 16; k++)
+      wgmma<T>(sums, swizzled_rows(w, k), swizzled_rows(x, k), i > 0 || k > 0);
     commit_products();
     wait_products<1>();
     if (i > 0) release<Tile>(shared, before, part);
@@ -54,32 +51,28 @@ DEVICE void multiply(float (&sums)[Tile::SUMS], const Shared& shared, Ring<Tile:
   release<Tile>(shared, before, part);
 }
 
-// Where this lane finds the codes of its rows and columns of a fragment: row g and 8 further, columns 2t and 2t + 1 of
-// an octet, whose bytes hold columns j (low nibble) and j + 4.
+// Where this lane finds the codes and scales of its rows and columns of a fragment: row g and 8 further, columns 2t and
+// 2t + 1 of an octet, whose bytes hold columns j (low nibble) and j + 4.
 template <class Tile> struct CodePlace {
-  int low, high;   // the two rows, numbered over the block's tiles
-  u32 shift;       // to the nibble
-  u32 selector;    // of the two bytes, with the byte that makes them floating-point numbers
+  // Gated, two warps share a tile of the gate and the next tile, of the up projection.
+  static constexpr int HIGH_CODES = Tile::GATED ? TILE_CODES : 8 * 4, HIGH_SCALES = Tile::GATED ? TILE_SCALES : 8 * 2;
+  int codes, scales;  // bytes to the lower row, from which the other is HIGH_CODES and HIGH_SCALES further
+  u32 shift;          // to the nibble
+  u32 selector;       // of the two bytes, with the byte that makes them floating-point numbers
 
   DEVICE CodePlace() {
     int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-    if constexpr (Tile::GATED) {  // two warps share a tile of the gate and the next tile, of the up projection
-      low = warp / 2 * 2 * TILE_ROWS + warp % 2 * 8 + g;
-      high = low + TILE_ROWS;
-    } else {
-      low = warp * TILE_ROWS + g;
-      high = low + 8;
-    }
+    int tile = Tile::GATED ? warp / 2 * 2 : warp, row = Tile::GATED ? warp % 2 * 8 + g : g;
+    codes = tile * TILE_CODES + row * 4;
+    scales = tile * TILE_SCALES + row * 2;
     shift = t / 2 * 4;
     selector = t % 2 ? 0x4342 : 0x4140;
   }
-  DEVICE static u32 octet(const unsigned char* codes, int row, int octet) {
-    int tile = row / TILE_ROWS * TILE_CODES;
-    return *reinterpret_cast<const u32*>(codes + tile + octet * TILE_ROWS * 4 + row % TILE_ROWS * 4);
+  DEVICE u32 octet(const unsigned char* of, int octet, int high) const {
+    return *reinterpret_cast<const u32*>(of + codes + octet * TILE_ROWS * 4 + high * HIGH_CODES);
   }
-  DEVICE static f16 scale(const unsigned char* scales, int row, int group) {
-    int tile = row / TILE_ROWS * TILE_SCALES;
-    return *reinterpret_cast<const f16*>(scales + tile + group * TILE_ROWS * 2 + row % TILE_ROWS * 2);
+  DEVICE f16 scale(const unsigned char* of, int group, int high) const {
+    return *reinterpret_cast<const f16*>(of + scales + group * TILE_ROWS * 2 + high * HIGH_SCALES);
   }
 };
 
@@ -107,68 +100,28 @@ DEVICE void multiply_codes(float (&sums)[Tile::SUMS], const Shared& shared, Ring
   for (int i = 0; i < steps; i++) {
     wait(shared.full(ring.stage), ring.parity);
     const unsigned char *codes = shared.w(ring.stage), *scales = shared.scales(ring.stage);
-    u64 x = swizzled_rows(shared.x(ring.stage));
+    const unsigned char* x = shared.x(ring.stage);
     u32 a[BLOCK_K / 16][4];
 #pragma unroll
     for (int k = 0; k < BLOCK_K / 16; k++) {
-      float low = to_float(place.scale(scales, place.low, 16 * k / GROUP));
-      float high = to_float(place.scale(scales, place.high, 16 * k / GROUP));
-      u32 low_scales = pack<T>(low, low), high_scales = pack<T>(high, high);
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        int octet = 2 * k + half;
-        a[k][2 * half] = dequantize<T>(place.octet(codes, place.low, octet), place.shift, place.selector, low_scales);
-        a[k][2 * half + 1] =
-            dequantize<T>(place.octet(codes, place.high, octet), place.shift, place.selector, high_scales);
+      for (int high = 0; high < 2; high++) {
+        float scale = to_float(place.scale(scales, 16 * k / GROUP, high));
+        u32 both = pack<T>(scale, scale);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          u32 octet = place.octet(codes, 2 * k + half, high);
+          a[k][2 * half + high] = dequantize<T>(octet, place.shift, place.selector, both);
+        }
       }
     }
     fence_products();
 #pragma unroll
-    for (int k = 0; k < BLOCK_K / 16; k++) wgmma<T>(sums, a[k], x + 2 * k, i > 0 || k > 0);
+    for (int k = 0; k < BLOCK_K / 16; k++) wgmma<T>(sums, a[k], swizzled_rows(x, k), i > 0 || k > 0);
     commit_products();
     wait_products<0>();
     release<Tile>(shared, ring.stage, part);
     ring.advance();
-  }
-}
-
-// The sums of part of a tile, for the worker that has its beginning. Each block has room for one tile, in the order of
-// registers: partials[block][consumer][4 sums][thread].
-template <class Tile> struct Partials {
-  float4* sums;
-  u32* flags;  // [block][consumer], 0 between kernels
-
-  DEVICE float4* of(int block, int consumer) const {
-    return sums + (block * Tile::CONSUMERS + consumer) * (Tile::SUMS / 4 * WARP_GROUP) + threadIdx.x % WARP_GROUP;
-  }
-  DEVICE void give(const float (&values)[Tile::SUMS], int block, int consumer) const {
-    float4* to = of(block, consumer);
-#pragma unroll
-    for (int i = 0; i < Tile::SUMS; i += 4)
-      __stcg(to + i / 4 * WARP_GROUP, make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]));
-    sync_threads(1 + consumer, WARP_GROUP);
-    if (threadIdx.x % WARP_GROUP == 0) raise_flag(flags + block * Tile::CONSUMERS + consumer);
-  }
-  DEVICE void add(float (&values)[Tile::SUMS], int block, int consumer) const {
-    u32* flag = flags + block * Tile::CONSUMERS + consumer;
-    if (threadIdx.x % WARP_GROUP == 0) await_flag(flag), *flag = 0;
-    sync_threads(1 + consumer, WARP_GROUP);
-    const float4* from = of(block, consumer);
-#pragma unroll
-    for (int i = 0; i < Tile::SUMS; i += 4) {
-      float4 v = __ldcg(from + i / 4 * WARP_GROUP);
-      values[i] += v.x, values[i + 1] += v.y, values[i + 2] += v.z, values[i + 3] += v.w;
-    }
-  }
-};
-
-// Adds what the workers after this one computed of the tile, in their order.
-template <class Tile>
-DEVICE void add_others(float (&sums)[Tile::SUMS], const Partials<Tile>& partials, const Schedule& schedule, int covered,
-                       int sharer, int consumer) {
-  for (int w = schedule.worker + 1; covered < schedule.k_steps; w++) {
-    partials.add(sums, w * Tile::SHARE + sharer, consumer);
-    covered += schedule.first_step(w + 1) - schedule.first_step(w);
   }
 }
 
@@ -370,29 +323,23 @@ DEVICE void exchange_and_store(float (&sums)[Tile::SUMS], const Shared& shared, 
 }
 
 template <class T, class Tile, class Shared, class Out>
-DEVICE void consume(const Shared& shared, Schedule schedule, const Partials<Tile>& partials, const Output<Out>& to,
-                    int sharer) {
+DEVICE void consume(const Shared& shared, Schedule schedule, const Output<Out>& to, int sharer) {
   wait_for_previous();
   int consumer = threadIdx.x / WARP_GROUP, part = schedule.part;
   Ring<Tile::STAGES> ring;
-  Segment s;
+  Place at;
   int which = 0;
   u32 parity = 0;
-  while (schedule.next(s)) {
+  while (schedule.next(at)) {
     float sums[Tile::SUMS];
-    int steps = s.k_end - s.k_begin;
+    int steps = schedule.k_end - schedule.k_begin;
     if constexpr (Tile::WEIGHTS == Weights::Q4) multiply_codes<T, Tile>(sums, shared, ring, steps, part);
     else multiply<T, Tile>(sums, shared, ring, steps, part);
-    int feature = (s.features * Tile::SHARE + sharer) * Tile::FEATURES + consumer * Tile::GROUP_FEATURES;
-    int token = s.tokens * Tile::TOKENS;
-    if constexpr (Tile::SPLIT > 1) {
+    int feature = (at.features * Tile::SHARE + sharer) * Tile::FEATURES + consumer * Tile::GROUP_FEATURES;
+    int token = at.tokens * Tile::TOKENS;
+    if constexpr (Tile::SPLIT > 1)
       exchange_and_store<Tile>(sums, shared, to, token, feature, sharer, part, parity, which);
-    } else if (s.k_begin > 0) {
-      partials.give(sums, schedule.worker * Tile::SHARE + sharer, consumer);
-    } else {
-      add_others<Tile>(sums, partials, schedule, s.k_end, sharer, consumer);
-      store<Tile>(sums, shared, to, token, feature, which);
-    }
+    else store<Tile>(sums, shared, to, token, feature, which);
   }
   if (Tile::SPLIT > 1) wait(shared.inbox_read(consumer), parity ^ 1);  // others still arrive at this block's barriers
 }
@@ -402,11 +349,8 @@ DEVICE void consume(const Shared& shared, Schedule schedule, const Partials<Tile
 // T: f16 or bf16. Out: T or float; RESIDUAL is needed only to add a residual to an output of type T. N is a multiple of
 // 64, K of 32, with at least SPLIT steps of 64. bias (N) and residual (n, N) may be null. Grid: clusters of
 // Tile::CLUSTER blocks, at most as many as there are tiles.
-// partials and flags: one tile of f32 sums and CONSUMERS flags for each block, if split_tiles is not 0 (which needs
-// SPLIT = 1); flags start as 0 and end as 0.
 template <class T, class Tile, bool RESIDUAL, class Out>
-DEVICE void gemm_block(const Maps& maps, const Output<Out>& to, const Partials<Tile>& partials, int K,
-                       int split_tiles) {
+DEVICE void gemm_block(const Maps& maps, const Output<Out>& to, int K) {
   using Staged = typename Choose<RESIDUAL, float, Out>::type;
   DYNAMIC_SHARED(dynamic_shared);
   SharedMemory<Tile, Staged> shared{dynamic_shared};
@@ -419,13 +363,13 @@ DEVICE void gemm_block(const Maps& maps, const Output<Out>& to, const Partials<T
   constexpr int WORKER_FEATURES = Tile::SHARE * Tile::FEATURES;
   Schedule schedule((to.N + WORKER_FEATURES - 1) / WORKER_FEATURES, (to.n + Tile::TOKENS - 1) / Tile::TOKENS,
                     NEAR_TOKENS / Tile::TOKENS, (K + BLOCK_K - 1) / BLOCK_K, blockIdx.x / Tile::CLUSTER,
-                    gridDim.x / Tile::CLUSTER, part, Tile::SPLIT, split_tiles);
+                    gridDim.x / Tile::CLUSTER, part, Tile::SPLIT);
   if (threadIdx.x >= Tile::CONSUMERS * WARP_GROUP) {
     if constexpr (Tile::MOVES_REGISTERS) give_registers_back<Tile::PRODUCER_REGISTERS>();
     if (threadIdx.x == Tile::CONSUMERS * WARP_GROUP) produce<Tile>(shared, maps, schedule, sharer);
   } else {
     if constexpr (Tile::MOVES_REGISTERS) take_registers<Tile::CONSUMER_REGISTERS>();
-    consume<T, Tile>(shared, schedule, partials, to, sharer);
+    consume<T, Tile>(shared, schedule, to, sharer);
   }
 }
 

@@ -130,22 +130,15 @@ template <int COUNT> DEVICE void stmatrix_transposed(const u32 (&r)[COUNT], void
     asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(to), "r"(r[0]) : "memory");
 }
 
-// ---- Flags in global memory, between blocks ------------------------------------------------------------------------
-
-DEVICE void raise_flag(u32* flag) { asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory"); }
-DEVICE void await_flag(const u32* flag) {
-  u32 v;
-  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
-  while (!v);
-}
-
 // ---- wgmma: d (64 x N, f32) += a (64 x 16) b (N x 16)^T ------------------------------------------------------------
 
 // Shared memory of rows of 128 bytes (64 16-bit values along k), as a TMA box with the 128-byte swizzle lays them out:
-// groups of 8 rows, 1024 bytes apart and aligned. 16 values further along k are 32 bytes, 2 units of a descriptor.
-DEVICE u64 swizzled_rows(const void* p) {
+// groups of 8 rows, 1024 bytes apart and aligned. `sixteen` numbers the 16 values along k, of 32 bytes (2 units of a
+// descriptor). The upper half is constant; 64-bit sums would double the instructions between products.
+DEVICE u64 swizzled_rows(const void* p, int sixteen) {
   constexpr u64 GROUP_STRIDE = 1024 >> 4, SWIZZLE_128 = 1;
-  return (shared_address(p) >> 4) | u64(1) << 16 | GROUP_STRIDE << 32 | SWIZZLE_128 << 62;
+  u32 low = (shared_address(p) >> 4) + (1 << 16) + 2 * sixteen;
+  return low | GROUP_STRIDE << 32 | SWIZZLE_128 << 62;
 }
 
 // Before the first product, and after ordinary code has touched the accumulators or a left operand in registers.

@@ -30,7 +30,6 @@ FULL = {
     ("attention_prefill_.*_4_2_64$", "sm_90"): (255, 16),
     ("attention_prefill_.*_4_2_64$", "sm_100"): (255, 32),
     ("attention_prefill_.*_8_1_128$", "sm_100"): (255, 44),
-    ("gemm_float16_.*_256_2_1_1_5_gated_q4_float16$", "sm_90"): (254, 12),
     ("linear_f16_.*_64$", "sm_100"): (255, 0),
 }
 
