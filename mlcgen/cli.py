@@ -47,6 +47,10 @@ _Verb = TypeVar("_Verb", bound=Callable[..., None])
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, which newer typers carry inside
 
 
+targets_app = typer.Typer(help="The targets of an artifact that is there.", no_args_is_help=True)
+app.add_typer(targets_app, name="targets")
+
+
 def verb(function: _Verb) -> _Verb:
     return app.command(cls=_Command)(function)
 
@@ -142,6 +146,20 @@ def compile(
             log=output.log if output.settings.verbose else None,
         )
     output.compiled(path, as_json)
+
+
+@targets_app.command("add", cls=_Command)
+def add_targets(
+    artifact: Artifact,
+    target: Annotated[list[str], typer.Option("-t", "--target", help="As for compile. Repeatable.")],
+    as_json: Json = False,
+) -> None:
+    """Compile an artifact's model for more targets; its weights stay as they are."""
+    from mlcgen.add_targets import add_targets as add
+
+    with output.Progress() as progress:
+        add(artifact, target, progress.update, output.log if output.settings.verbose else None)
+    output.compiled(artifact, as_json)
 
 
 @verb

@@ -2,49 +2,24 @@
 
 import dataclasses
 import errno
-import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tvm
-from tvm import IRModule, relax
-
-from mlcgen import artifact, passes, report, weights
+from mlcgen import artifact, weights
 from mlcgen.checkpoint import Checkpoint, open_checkpoint
+from mlcgen.compile_target import Observer, Options, Progress, build_functions, carry_runtime, compile_targets
 from mlcgen.errors import CompileError, UnsupportedError
 from mlcgen.formats import QUANTIZATIONS, resolve_kv_dtype
-from mlcgen.launch_plan import launch_plan, variants
-from mlcgen.link import link_library
 from mlcgen.models import parse_config
 from mlcgen.models.config import DecoderConfig
 from mlcgen.models.layers import export
-from mlcgen.passes.lift_weights import Lifted, lift_weights
+from mlcgen.passes.lift_weights import Lifted
 from mlcgen.passes.paged_attention import KvLayout
-from mlcgen.passes.quantize import WeightSource
 from mlcgen.passes.rewrite import FORWARD, static_shape
-from mlcgen.runtime.cpu import host_arch
-from mlcgen.runtime.vm_executor import installed_runtime_library
 from mlcgen.targets import resolve
 from mlcgen.targets.base import Target
-
-MAX_LOGIT_ROWS = 512  # of one step: what scoring a text asks for at once, a batch has fewer
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a compile was asked for, with every default resolved."""
-
-    source: str  # as the user named it
-    quantization: str
-    context_length: int
-    max_batch: int
-    kv: KvLayout
-    random_weights: bool
 
 
 def compile(
@@ -84,7 +59,7 @@ def compile(
     path = Path(output) if output else Path("dist") / f"{checkpoint.name}-{quantization}"
     try:
         with artifact.new_artifact(path) as staging:
-            observe = _Observer(log, Path(dump_ir) if dump_ir else None)
+            observe = Observer(log, Path(dump_ir) if dump_ir else None)
             _build(checkpoint, config, options, resolved, staging, progress, observe)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -100,7 +75,7 @@ def _build(
     targets: Sequence[Target],
     staging: Path,
     progress: Progress,
-    observe: "_Observer",
+    observe: Observer,
 ) -> None:
     progress("reading", 1, 1)
     mod, names = export(config)
@@ -110,19 +85,8 @@ def _build(
         dtypes = dict.fromkeys(shapes, "float32")
     else:
         weights.check_parameters(checkpoint, shapes)
-    plan, fallbacks = weights.storage_plan(options.quantization, shapes, dtypes)
-    lifted: Lifted | None = None
-    reports, entries = {}, []
-    for target in targets:
-        _check_target(target, config, options, plan)
-    for target in targets:
-        one, lines = _compile_target(mod, plan, options, target, staging, progress, observe)
-        assert lifted is None or lifted.weights == one.weights, "targets must store the same weights"
-        lifted = one
-        its_fallbacks = [*target.fallbacks, *fallbacks, *_activation_fallback(target, plan), *lines["fallbacks"]]
-        reports[target.name] = {**lines, "fallbacks": its_fallbacks}
-        entries.append(_target_entry(target, staging))
-    assert lifted is not None
+    plan = weights.storage_plan(options.quantization, shapes, dtypes)
+    lifted, reports, entries = compile_targets(mod, config, plan, options, targets, staging, progress, observe)
     if not _are_made_on_device(options, targets):
         vm = build_functions(lifted.transform_module, observe)
         read = weights.random_reader(shapes) if options.random_weights else weights.checkpoint_reader(checkpoint)
@@ -131,89 +95,13 @@ def _build(
     _write_tokenizer(checkpoint, staging)
     artifact.write_json(staging / artifact.REPORT, reports)
     manifest = _manifest(checkpoint, config, options, lifted, entries, staging)
+    manifest["checkpoint"] = {"config": dict(checkpoint.config), "dtypes": {name: dtypes[name] for name in shapes}}
     artifact.write_json(staging / artifact.MANIFEST, manifest)
-
-
-def _check_target(target: Target, config: DecoderConfig, options: Options, plan: Mapping[str, WeightSource]) -> None:
-    """Raises UnsupportedError for what the target's kernels do not take, before any work is done."""
-    if options.kv.dtype not in target.kv_dtypes:
-        have = " or ".join(target.kv_dtypes)
-        raise UnsupportedError(f"{target.name} keeps no keys and values in {options.kv.dtype}: add --kv-dtype {have}")
-    if target.head_dims and config.head_dim not in target.head_dims:
-        have = ", ".join(map(str, target.head_dims))
-        raise UnsupportedError(f"{target.name} has attention for heads of {have}, not of {config.head_dim}")
-    wide = next((name for name, source in plan.items() if source.fmt.dtype == "float32"), None)
-    if wide is not None and not target.has_float32_weights:
-        raise UnsupportedError(
-            f"{target.name} multiplies no float32 matrix, such as {wide}: use -q f16, bf16, q8 or q4"
-        )
-
-
-def _activation_fallback(target: Target, plan: Mapping[str, WeightSource]) -> list[str]:
-    if target.has_int8_activations or not any(source.fmt.int8_activations for source in plan.values()):
-        return []
-    return [f"{target.kind} has no products of 8-bit activations; they keep 16 bits"]
 
 
 def _are_made_on_device(options: Options, targets: Sequence[Target]) -> bool:
     """Random weights of any size need neither disk nor this machine's memory, where every target can make its own."""
     return options.random_weights and all(target.executor == "plan" for target in targets)
-
-
-def _compile_target(
-    mod: IRModule,
-    plan: Mapping[str, WeightSource],
-    options: Options,
-    target: Target,
-    staging: Path,
-    progress: Progress,
-    observe: "_Observer",
-) -> tuple[Lifted, dict[str, Any]]:
-    """Passes and code generation; writes the library."""
-    tokens = target.max_tokens_per_step
-    bounds = {"n": tokens, "rows": min(tokens, max(MAX_LOGIT_ROWS, options.max_batch)), "seqs": options.max_batch}
-    pass_options = passes.PassOptions(plan, options.kv, bounds)
-    model_passes, lowering = passes.model_pipeline(target, pass_options), passes.lowering_pipeline(target, bounds)
-    scheduled: list[IRModule] = []
-    done = 0
-
-    def observe_pass(name: str, module: IRModule) -> None:
-        nonlocal done
-        done += 1
-        observe(name, module)
-        progress(f"passes for {target.name}", done, len(model_passes) + len(lowering))
-        if name == "schedule":
-            scheduled.append(module)
-
-    lifted = lift_weights(passes.run(mod, model_passes, target, observe_pass))
-    lowered = passes.run(lifted.forward, lowering, target, observe_pass)
-    progress(f"code for {target.name}", 0, 1)
-    kernels = report.kernels(scheduled[0], len(lifted.weights))
-    file = staging / artifact.library_file(target.name, target.executor)
-    if target.executor == "plan":
-        made, kernels["functions"] = launch_plan(lowered, target, lifted.weights, bounds)
-        for line in kernels["kernels"]:
-            line["variants"] = variants(made, line["name"])
-        file.parent.mkdir(parents=True, exist_ok=True)
-        artifact.write_json(file, made)
-        observe("generate code", lowered)
-    else:
-        link_library(_generate(lowered, target, observe), file, target.arch)
-    progress(f"code for {target.name}", 1, 1)
-    return lifted, kernels
-
-
-def build_functions(mod: IRModule, observe: Callable[[str, IRModule], None]) -> Any:
-    """A VM on this machine's CPU with the module's functions, for work that belongs to compiling itself."""
-    target = resolve("cpu")
-    executable = _generate(passes.run(mod, passes.lowering_pipeline(target), target, observe), target, observe)
-    return relax.VirtualMachine(executable, tvm.cpu())
-
-
-def _generate(mod: IRModule, target: Target, observe: Callable[[str, IRModule], None]) -> Any:
-    executable = tvm.compile(mod, target=tvm.target.Target(target.tvm), relax_pipeline=None, tir_pipeline="default")
-    observe("generate code", mod)
-    return executable
 
 
 def _limits(config: DecoderConfig, context: int | None, max_batch: int, largest_batch: int) -> tuple[int, int]:
@@ -232,20 +120,6 @@ def _kv_layout(config: DecoderConfig, quantization: str, kv_dtype: str, page_siz
     if not 1 <= page_size <= 256:
         raise UnsupportedError(f"--page-size {page_size} is not between 1 and 256")
     return KvLayout(config.num_kv_heads, config.head_dim, page_size, resolve_kv_dtype(kv_dtype, quantization))
-
-
-def _target_entry(target: Target, staging: Path) -> dict[str, Any]:
-    file = artifact.library_file(target.name, target.executor)
-    return {
-        "name": target.name,
-        "kind": target.kind,
-        "arch": target.arch,
-        "features": list(target.features),
-        "executor": target.executor,
-        "max_tokens_per_step": target.max_tokens_per_step,
-        "file": file,
-        "sha256": artifact.sha256(staging / file),
-    }
 
 
 def _manifest(
@@ -269,7 +143,7 @@ def _manifest(
         "max_batch": options.max_batch,
         "entry": {"name": FORWARD, "inputs": inputs, "weights": lifted.weights},
         "targets": targets,
-        "runtime_libraries": _carry_runtime(targets, staging),
+        "runtime_libraries": carry_runtime(targets, staging),
         "weights": _weight_files(staging),
         "random_weights": options.random_weights,
         "versions": {name: version(name) for name in ("mlcgen", "apache-tvm", "apache-tvm-ffi")},
@@ -288,17 +162,6 @@ def _weight_files(staging: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _carry_runtime(targets: Sequence[Mapping[str, Any]], staging: Path) -> list[dict[str, Any]]:
-    """The runtime library for this machine's architecture: 3 MB that make the artifact run without the compiler."""
-    arch, library = host_arch(), installed_runtime_library()
-    if library is None or arch not in {t["arch"] for t in targets}:
-        return []
-    file = artifact.runtime_library_file(arch)
-    (staging / file).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(library, staging / file)
-    return [{"arch": arch, "file": file, "sha256": artifact.sha256(staging / file)}]
-
-
 def _eos_token_ids(checkpoint: Checkpoint) -> list[int]:
     found: list[int] = []
     for field in ("eos_token_id", "generation_eos_token_id"):
@@ -311,20 +174,3 @@ def _write_tokenizer(checkpoint: Checkpoint, staging: Path) -> None:
     if checkpoint.tokenizer.tokenizer_json is not None:
         (staging / artifact.TOKENIZER).write_bytes(checkpoint.tokenizer.tokenizer_json)
     artifact.write_json(staging / artifact.TOKENIZER_CONFIG, dict(checkpoint.tokenizer.config))
-
-
-class _Observer:
-    """Times each pass and writes the module after it, where asked to."""
-
-    def __init__(self, log: Callable[[str], None] | None, dump: Path | None) -> None:
-        self.log, self.dump, self.count, self.last = log, dump, 0, time.perf_counter()
-        if dump:
-            dump.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, name: str, mod: IRModule) -> None:
-        if self.log:
-            self.log(f"{name:<24} {time.perf_counter() - self.last:7.3f} s")
-        if self.dump:
-            (self.dump / f"{self.count:02d}_{name.replace(' ', '_')}.py").write_text(mod.script())
-        self.count += 1
-        self.last = time.perf_counter()

@@ -14,7 +14,7 @@ from tvm import relax
 
 from mlcgen import artifact, passes, weights
 from mlcgen.checkpoint import Checkpoint, open_checkpoint
-from mlcgen.compile import build_functions
+from mlcgen.compile_target import build_functions
 from mlcgen.errors import ArtifactError
 from mlcgen.models import parse_config
 from mlcgen.models.layers import export

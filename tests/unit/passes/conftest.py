@@ -11,7 +11,7 @@ from tvm import IRModule, relax, tirx
 from tvm.ir import StringImm
 
 from mlcgen import passes
-from mlcgen.compile import build_functions
+from mlcgen.compile_target import build_functions
 from mlcgen.formats import F32, WeightFormat
 from mlcgen.models.config import DecoderConfig
 from mlcgen.models.layers import ATTENTION, ROPE, export
