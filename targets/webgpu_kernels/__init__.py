@@ -1,0 +1,8 @@
+"""The kernels of WebGPU's devices: each .py says which WGSL (.wgsl) runs for how many tokens, and with which sizes."""
+
+from .attention import HEAD_DIMS, paged_attention
+from .linear import linear
+from .lookup import embedding, rope_append
+from .sample import argmax
+
+__all__ = ["HEAD_DIMS", "argmax", "embedding", "linear", "paged_attention", "rope_append"]

@@ -1,0 +1,130 @@
+"""Products with a stored matrix: which kernel for how many tokens, and its launches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlcgen.errors import UnsupportedError
+from mlcgen.formats import TILE
+from mlcgen.targets.base import Linear
+from mlcgen.targets.device_kernel import (
+    Code,
+    DeviceKernel,
+    Launch,
+    Param,
+    Variant,
+    ceildiv,
+    int32,
+    scratch,
+    tensor,
+    times,
+)
+
+from .code import Buffer, identifier, kernel, matrix_buffers, matrix_values, unit_columns
+
+HOW = "kernel: targets/webgpu_kernels/linear.py"
+FEW_TOKENS = 8  # up to here products are bound by reading the weights
+TOKENS_AT_ONCE = 4  # that share what is read
+TOKEN_TILES = (32, 64)  # of the kernel for many
+NORM_THREADS = 256
+
+
+def linear(spec: Linear) -> DeviceKernel:
+    fmt = spec.fmt
+    if spec.is_gated:
+        raise UnsupportedError("products on a GPU end with SwiGLU, none begins with it (Target.gates_results)")
+    if spec.gates_result and spec.out_features % 8:
+        raise UnsupportedError(f"SwiGLU needs sizes that 4 divides, not {spec.out_features // 2}")
+    params = [Param("x", ("n", spec.in_features), "float32")]
+    if spec.norm_eps is not None:
+        params.append(Param("norm", (spec.in_features,), "float32"))
+    params += [Param(*part) for part in fmt.parts(spec.out_features, spec.in_features)]
+    if spec.has_bias:
+        params.append(Param("bias", (spec.out_features,), "float32"))
+    width = spec.out_features // 2 if spec.gates_result else spec.out_features
+    if spec.has_residual:
+        params.append(Param("residual", ("n", width), "float32"))
+    params.append(Param("out", ("n", width), "float32"))
+    product = _Linear(spec, width, [p.name for p in params])
+    flops = 2 * spec.out_features * spec.in_features
+    return DeviceKernel(spec.name, tuple(params), product.code, HOW, flops, spec)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    spec: Linear
+    width: int  # of the output
+    params: list[str]
+
+    def code(self, dtypes: Sequence[str]) -> Code:
+        norm = [self._norm()] if self.spec.norm_eps is not None else []
+        before = [launch for launch, _ in norm]
+        one, few = self._few(1), self._few(TOKENS_AT_ONCE)
+        small, large = (self._many(tokens) for tokens in TOKEN_TILES)
+        variants = [
+            Variant(["<=", "n", 1], (one[0],)),
+            Variant(["<=", "n", FEW_TOKENS], (few[0],)),
+            Variant(["<=", "n", TOKEN_TILES[0]], (*before, small[0])),
+            Variant(1, (*before, large[0])),
+        ]
+        functions = {launch.function: text for launch, text in (*norm, one, few, small, large)}
+        scratch_bytes = times("n", self.spec.in_features * 4) if before else 0
+        return Code((), functions, tuple(variants), scratch_bytes)
+
+    def _name(self, kind: str) -> str:
+        spec = self.spec
+        flags = {"bias": spec.has_bias, "residual": spec.has_residual, "gated": spec.gates_result}
+        words = [kind, spec.fmt.name, f"{spec.out_features}x{spec.in_features}", *(w for w, on in flags.items() if on)]
+        return "_".join(words)
+
+    def _few(self, tokens: int) -> tuple[Launch, str]:
+        eps = self.spec.norm_eps
+        norm = [Buffer("norm", "vec4<f32>", self._arg("norm"), is_weight=True)] if eps is not None else []
+        name = self._name(f"linear_{tokens}") + (f"_norm_{identifier(eps)}" if eps is not None else "")
+        buffers = [Buffer("x", "vec4<f32>", tensor(0)), *norm, *self._buffers()]
+        grid = (-(-self.width // TILE), 1 if tokens == 1 else ceildiv("n", tokens), 1)
+        values = self._values() | {"TOKENS": tokens, "EPS": eps}
+        numbers = {"n": int32("n")} if tokens > 1 else {}
+        return kernel(name, "linear_few.wgsl", values, buffers, grid, self._few_threads(tokens), numbers)
+
+    def _few_threads(self, tokens: int) -> int:
+        """As many as have four units each and whose sums workgroup memory has room for."""
+        most = 128 if tokens > 1 and self.spec.gates_result else 256
+        units = self.spec.in_features // unit_columns(self.spec.fmt)
+        return next(t for t in (256, 128, 64, 32) if t == 32 or (t <= most and t <= units))
+
+    def _many(self, tile: int) -> tuple[Launch, str]:
+        has_norm = self.spec.norm_eps is not None
+        buffers = [Buffer("x", "vec4<f32>", scratch() if has_norm else tensor(0)), *self._buffers()]
+        grid = (-(-self.spec.out_features // 64), ceildiv("n", tile), 1)
+        values = self._values() | {"TOKENS": tile, "TILE": tile}
+        name = self._name(f"linear_{tile}")
+        return kernel(name, "linear_many.wgsl", values, buffers, grid, tile * 2, {"n": int32("n")})
+
+    def _norm(self) -> tuple[Launch, str]:
+        """x / rms(x) * norm in scratch memory."""
+        k, eps = self.spec.in_features, self.spec.norm_eps
+        assert eps is not None
+        buffers = [Buffer("x", "vec4<f32>", tensor(0)), Buffer("norm", "vec4<f32>", self._arg("norm"), is_weight=True)]
+        buffers.append(Buffer("out", "vec4<f32>", scratch()))
+        name = f"rms_norm_{k}_{identifier(eps)}"
+        return kernel(name, "rms_norm.wgsl", {"K": k, "EPS": eps}, buffers, ("n", 1, 1), NORM_THREADS)
+
+    def _buffers(self) -> list[Buffer]:
+        """After x and the norm."""
+        buffers = matrix_buffers(self.spec.fmt, self.params)
+        if self.spec.has_bias:
+            buffers.append(Buffer("bias", "f32", self._arg("bias"), is_weight=True))
+        if self.spec.has_residual:
+            buffers.append(Buffer("residual", "f32", self._arg("residual")))
+        return [*buffers, Buffer("out", "f32", self._arg("out"))]
+
+    def _values(self) -> dict[str, Any]:
+        spec = self.spec
+        around = {"GATED": spec.gates_result, "HAS_BIAS": spec.has_bias, "HAS_RESIDUAL": spec.has_residual}
+        last_quad = -(-spec.out_features // TILE) * 4 - 1
+        sizes = {"OUT": self.width, "LAST_QUAD": last_quad}
+        return matrix_values(spec.fmt, spec.in_features) | around | sizes
+
+    def _arg(self, name: str) -> list[Any]:
+        return tensor(self.params.index(name))

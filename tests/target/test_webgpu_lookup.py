@@ -1,0 +1,90 @@
+"""Lookups of WebGPU's devices against NumPy: embedding, rotation with the append to the pages, argmax."""
+
+import numpy as np
+import pytest
+
+from mlcgen.formats import BF16, F16, F32, Q4, Q8, WeightFormat, grouped
+from mlcgen.targets.webgpu_kernels import argmax, embedding, rope_append
+
+from .reference import from_storage, random_weight, rotate, to_storage
+from .webgpu_build import run
+
+FORMATS = [F32, F16, BF16, Q8, Q4, grouped(4, 16, True), grouped(8, 64), grouped(8, 32, True)]
+ROUNDING = {"float32": 0.0, "float16": 2.0**-10, "bfloat16": 2.0**-8}  # float16: a driver may round either way
+
+
+def assert_rounded(actual: np.ndarray, expected: np.ndarray, dtype: str) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=ROUNDING[dtype] * 1.02, atol=2e-6)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+def test_embedding(fmt: WeightFormat) -> None:
+    """1216 columns are more than a workgroup takes, and no multiple of them; 37 rows fill no tile."""
+    stored, matrix = random_weight(fmt, 37, 1216, np.random.default_rng(1))
+    ids = np.array([0, 36, 16, 15, 36, 7], np.int32)
+    out = np.full((len(ids), 1216), np.nan, np.float32)
+    run(embedding(fmt, 37, 1216), [ids, *stored, out], {"n": len(ids)})
+    np.testing.assert_allclose(out, matrix[ids], rtol=1e-6, atol=1e-6)
+
+
+def test_scales_below_the_normal_float16s() -> None:
+    """4-bit codes of a small weight have such scales; drivers that round them to 0 lose the weight."""
+    stored, _ = random_weight(Q8, 16, 32, np.random.default_rng(2))
+    stored[1][:] = 3e-5
+    ids, out = np.arange(16, dtype=np.int32), np.full((16, 32), np.nan, np.float32)
+    run(embedding(Q8, 16, 32), [ids, *stored, out], {"n": 16})
+    codes = stored[0][0].transpose(1, 0, 2).reshape(16, 32).astype(np.float32) - 128
+    np.testing.assert_array_equal(out, codes * np.float32(np.float16(3e-5)))
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16"])
+def test_rope_append(page_size: int, kv_dtype: str) -> None:
+    """Tokens without a slot get their queries, and leave the pages alone; so does what has no token."""
+    heads, kv_heads, dim, tokens = 3, 2, 96, 5
+    rng = np.random.default_rng(page_size)
+    kernel = rope_append(heads, kv_heads, dim, page_size, kv_dtype)
+    pages_shape = (64 // page_size, 2, kv_heads, page_size, dim)
+    slots = np.array([17, -1, 0, 39, -5], np.int32)
+    qkv = rng.standard_normal((tokens, heads + 2 * kv_heads, dim)).astype(np.float32)
+    angles = rng.uniform(0, 7, (tokens, dim // 2)).astype(np.float32)
+    before = to_storage(rng.standard_normal(pages_shape).astype(np.float32), kv_dtype)
+    pages, q = before.copy(), np.full((tokens, heads, dim), np.nan, np.float32)
+    run(kernel, [qkv, np.cos(angles), np.sin(angles), slots, pages, q], {"n": tokens, "num_pages": len(pages)})
+
+    rotated = rotate(qkv.astype(np.float64), np.cos(angles), np.sin(angles))
+    assert_rounded(q, rotated[:, :heads], "float32")
+    expected = before.copy()
+    for token, slot in enumerate(slots):
+        if slot < 0:
+            continue
+        page, at = divmod(int(slot), page_size)
+        held = from_storage(pages[page, :, :, at], kv_dtype)
+        assert_rounded(held[0], rotated[token, heads : heads + kv_heads], kv_dtype)
+        assert_rounded(held[1], qkv[token, heads + kv_heads :], kv_dtype)
+        expected[page, :, :, at] = pages[page, :, :, at]
+    np.testing.assert_array_equal(pages, expected)  # all other slots are as they were
+
+
+def test_bfloat16_pages_are_rounded_to_even() -> None:
+    """Values are stored as they are, so their rounding is NumPy's bit for bit: ties, carries and signs."""
+    bits = np.random.default_rng(0).integers(0x30000000, 0x50000000, (4, 1, 64), dtype=np.uint32)
+    bits[:2, :, ::2] = bits[:2, :, ::2] & 0xFFFF0000 | 0x8000
+    bits[3] |= 0x80000000
+    values = bits.view(np.float32)
+    qkv = np.concatenate([np.zeros((4, 2, 64), np.float32), values], 1)
+    slots, pages = np.arange(4, dtype=np.int32), np.zeros((1, 2, 1, 4, 64), np.uint16)
+    angles, q = np.zeros((4, 32), np.float32), np.zeros((4, 1, 64), np.float32)
+    run(rope_append(1, 1, 64, 4, "bfloat16"), [qkv, angles, angles, slots, pages, q], {"n": 4, "num_pages": 1})
+    np.testing.assert_array_equal(pages[0, 1, 0], to_storage(values[:, 0], "bfloat16"))
+
+
+@pytest.mark.parametrize("columns", [3, 256, 1000])
+def test_argmax(columns: int) -> None:
+    """Few different values, so that several are the largest; and a row that is -inf but for its last."""
+    logits = np.random.default_rng(columns).integers(-9, 2, (4, columns)).astype(np.float32)
+    logits[2] = -np.inf
+    logits[2, -1] = -1e30
+    out = np.full(4, -1, np.int32)
+    run(argmax(columns), [logits, out], {"rows": 4})
+    np.testing.assert_array_equal(out, logits.argmax(-1))
