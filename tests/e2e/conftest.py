@@ -1,6 +1,7 @@
 """Artifacts of real models, compiled once per session."""
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,19 @@ import pytest
 import mlcgen
 
 Compile = Callable[..., Path]
+SMALL = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +40,14 @@ def compile_smollm2(tmp_path_factory: pytest.TempPathFactory) -> Compile:
         return made[name]
 
     return compile_once
+
+
+@pytest.fixture(scope="session")
+def small_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of random weights, without a tokenizer."""
+    path = tmp_path_factory.mktemp("small")
+    (path / "config.json").write_text(json.dumps(SMALL))
+    return mlcgen.compile(path, ["cpu"], "q4", path / "artifact", random_weights=True)
 
 
 @pytest.fixture(scope="session")

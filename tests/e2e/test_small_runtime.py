@@ -15,19 +15,6 @@ import pytest
 import mlcgen
 from mlcgen.artifact import read_manifest
 
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
 ABSENT = ["tvm", "torch", "transformers", "ml_dtypes", "safetensors", "ziglang", "huggingface_hub"] + [
     f"mlcgen.{name}" for name in ("passes", "targets", "models", "compile", "link", "checkpoint", "weights")
 ]
@@ -70,13 +57,6 @@ print(json.dumps({{
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5], list(range(40))]
 
 
-@pytest.fixture(scope="module")
-def artifact_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("small")
-    (path / "config.json").write_text(json.dumps(CONFIG))
-    return mlcgen.compile(path, ["cpu"], "f32", path / "artifact", random_weights=True)
-
-
 def run(path: Path, prelude: str = "") -> dict[str, Any]:
     program = prelude + RUN.format(path=str(path), prompts=PROMPTS)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
@@ -97,13 +77,13 @@ def installed_size(name: str) -> int:
     return sum(file.locate().stat().st_size for file in files if file.suffix != ".pyc" and file.locate().exists())
 
 
-def test_runs_without_the_compiler(artifact_path: Path, record_property: Callable[[str, object], None]) -> None:
-    usual, small = run(artifact_path), run(artifact_path, HIDE.format(absent=ABSENT))
+def test_runs_without_the_compiler(small_artifact: Path, record_property: Callable[[str, object], None]) -> None:
+    usual, small = run(small_artifact), run(small_artifact, HIDE.format(absent=ABSENT))
 
     assert small["ids"] == usual["ids"]
     assert [len(ids) for ids in small["ids"]] == [24, 24, 24]
     assert among(small["modules"], ABSENT) == []
-    carried = artifact_path / read_manifest(artifact_path)["runtime_libraries"][0]["file"]
+    carried = small_artifact / read_manifest(small_artifact)["runtime_libraries"][0]["file"]
     assert set(small["libraries"]) == {str(carried.resolve())}
     # The usual run has all of it installed, and leaves it alone too (tvm_ffi looks for ml_dtypes).
     assert among(usual["modules"], [name for name in ABSENT if name != "ml_dtypes"]) == []
@@ -121,10 +101,10 @@ def test_runs_without_the_compiler(artifact_path: Path, record_property: Callabl
     assert total < 150
 
 
-def test_the_simulated_absence_is_one(artifact_path: Path) -> None:
+def test_the_simulated_absence_is_one(small_artifact: Path) -> None:
     """Without the library in the artifact, the same run must fail, and say what to install."""
-    manifest = read_manifest(artifact_path)
-    bare = shutil.copytree(artifact_path, artifact_path.parent / "bare")
+    manifest = read_manifest(small_artifact)
+    bare = shutil.copytree(small_artifact, small_artifact.parent / "bare")
     (bare / "manifest.json").write_text(json.dumps({**manifest, "runtime_libraries": []}))
     program = HIDE.format(absent=ABSENT) + RUN.format(path=str(bare), prompts=PROMPTS)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
@@ -132,10 +112,10 @@ def test_the_simulated_absence_is_one(artifact_path: Path) -> None:
     assert "ArtifactError" in done.stderr
 
 
-def test_two_artifacts_in_one_process(artifact_path: Path) -> None:
+def test_two_artifacts_in_one_process(small_artifact: Path) -> None:
     """Each carries the library, and it can be loaded once only."""
-    other = shutil.copytree(artifact_path, artifact_path.parent / "other")
-    alone = HIDE.format(absent=ABSENT) + RUN.format(path=str(artifact_path), prompts=PROMPTS)
+    other = shutil.copytree(small_artifact, small_artifact.parent / "other")
+    alone = HIDE.format(absent=ABSENT) + RUN.format(path=str(small_artifact), prompts=PROMPTS)
     done = subprocess.run(
         [sys.executable, "-c", alone + RUN.format(path=str(other), prompts=PROMPTS)],
         capture_output=True,
@@ -149,10 +129,10 @@ def test_two_artifacts_in_one_process(artifact_path: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
 @pytest.mark.parametrize("first", [True, False])
-def test_torch_can_still_be_used(artifact_path: Path, first: bool) -> None:
+def test_torch_can_still_be_used(small_artifact: Path, first: bool) -> None:
     """Keeping torch out of tvm_ffi's import must not keep it from the user, before or after."""
     use = "\nimport torch\nassert torch.ones(2).sum().item() == 2\n"
-    program = RUN.format(path=str(artifact_path), prompts=PROMPTS)
+    program = RUN.format(path=str(small_artifact), prompts=PROMPTS)
     program = use + program if first else program + use
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -9,6 +9,7 @@ import pytest
 import tvm
 from tvm.runtime import tensor
 
+from mlcgen.formats import WeightFormat
 from mlcgen.runtime.cpu import may_use_amx
 from mlcgen.targets.cpu_kernels import Isa
 
@@ -33,13 +34,26 @@ def _missing(level: str) -> set[str]:
     return X86_LEVELS[level] - set(Path("/proc/cpuinfo").read_text().split())
 
 
-every_isa = pytest.mark.parametrize(
-    "mcpu",
-    [
-        pytest.param(level, marks=pytest.mark.skipif(bool(_missing(level)), reason=f"this CPU is no {level}"))
-        for level in X86_LEVELS
-    ],
-)
+EVERY_ISA = [
+    pytest.param(level, marks=pytest.mark.skipif(bool(_missing(level)), reason=f"this CPU is no {level}"))
+    for level in X86_LEVELS
+]
+# Without the one that has only an int8 instruction more than the one before.
+EVERY_FLOAT_ISA = [param for param in EVERY_ISA if param.values != ("icelake-server",)]
+every_isa = pytest.mark.parametrize("mcpu", EVERY_ISA)
+every_float_isa = pytest.mark.parametrize("mcpu", EVERY_FLOAT_ISA)
+
+
+def every_isa_and(formats: Sequence[WeightFormat]) -> pytest.MarkDecorator:
+    """Parameters mcpu and fmt: formats whose activations stay float32 need no instruction set for int8."""
+    return pytest.mark.parametrize(
+        ("mcpu", "fmt"),
+        [
+            pytest.param(*isa.values, fmt, marks=isa.marks, id=f"{fmt.name}-{isa.values[0]}")
+            for fmt in formats
+            for isa in (EVERY_ISA if fmt.int8_activations else EVERY_FLOAT_ISA)
+        ],
+    )
 
 
 def build(mcpu: str, make: MakeKernel) -> Callable[..., None]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,11 +24,19 @@ MAIN = Path(__file__).parent / "emulator" / "main.c"
 CPUS = {"aarch64": "cortex-a53", "aarch64-dotprod": "cortex-a76", "aarch64-i8mm": "max"}
 DLPACK_CODES = {"i": 0, "u": 1, "f": 2}
 
+HAS_EMULATOR = shutil.which("qemu-aarch64") is not None and importlib.util.find_spec("ziglang") is not None
 needs_emulator = pytest.mark.skipif(
-    shutil.which("qemu-aarch64") is None or importlib.util.find_spec("ziglang") is None,
-    reason="needs qemu-aarch64 (Debian's qemu-user) and the ziglang wheel",
+    not HAS_EMULATOR, reason="needs qemu-aarch64 (Debian's qemu-user) and the ziglang wheel"
 )
-every_variant = pytest.mark.parametrize("variant", CPUS)
+without_emulator = pytest.mark.skipif(HAS_EMULATOR, reason="the kernel is also run, see test_aarch64.py")
+
+
+def each_variant(name: str, values: Sequence[Any], newer: Sequence[Any], ids: Callable[[Any], str] = str) -> Any:
+    """Parameters `name` and variant: every value on the first, those in `newer` also on the others, which have only
+    instructions for int8 more."""
+    pairs = [(value, variant) for variant in CPUS for value in values if variant == "aarch64" or value in newer]
+    params = [pytest.param(value, variant, id=f"{ids(value)}-{variant}") for value, variant in pairs]
+    return pytest.mark.parametrize((name, "variant"), params)
 
 
 def emulated(variant: str, make: MakeKernel, folder: Path) -> Callable[..., None]:

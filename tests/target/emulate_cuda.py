@@ -54,9 +54,9 @@ class EmulatedKernel:
 
     def __init__(self, library: Path, name: str) -> None:
         functions = ctypes.CDLL(str(library))
-        functions.parameters.restype = functions.launch.restype = ctypes.c_char_p
-        self._launch = functions.launch
-        self._parameters: str = functions.parameters().decode()
+        self._launch, parameters = functions[f"launch_{name}"], functions[f"parameters_{name}"]
+        self._launch.restype = parameters.restype = ctypes.c_char_p
+        self._parameters: str = parameters().decode()
         self._name = name
 
     def __call__(
@@ -91,21 +91,28 @@ class EmulatedKernel:
 
 def compile_kernel(source: str, name: str, include: Path = KERNELS) -> EmulatedKernel:
     """Compile CUDA C++ that has extern "C" __global__ void `name`, and may include the headers of a folder."""
+    return compile_kernels(source, [name], include)[name]
+
+
+def compile_kernels(source: str, names: Sequence[str], include: Path = KERNELS) -> dict[str, EmulatedKernel]:
+    """Several kernels of one text, for little more time than one."""
     headers = tuple(sorted(include.glob("*.cuh")))
-    return EmulatedKernel(_library(source, name, headers, _digest([*headers, *EMULATOR.iterdir()])), name)
+    library = _library(source, tuple(names), headers, _digest([*headers, *EMULATOR.iterdir()]))
+    return {name: EmulatedKernel(library, name) for name in names}
 
 
 @functools.cache
-def _library(source: str, name: str, headers: tuple[Path, ...], digest: str) -> Path:
-    """The shared library for a kernel; `digest` is of the headers, which may change."""
+def _library(source: str, names: tuple[str, ...], headers: tuple[Path, ...], digest: str) -> Path:
+    """The shared library for kernels; `digest` is of the headers, which may change."""
     folder = Path(tempfile.mkdtemp(dir=_folder_of_session().name))
     for file in (*EMULATOR.iterdir(), *(path for path in headers if not (EMULATOR / path.name).exists())):
         (folder / file.name).symlink_to(file.resolve())  # in one folder, so that headers there find our primitives.cuh
-    (folder / "kernel.cpp").write_text(f'#include "launch.h"\n#line 1 "{name}.cu"\n{source}\nEMULATE({name})\n')
+    emulated = "\n".join(f"EMULATE({name})" for name in names)
+    (folder / "kernel.cpp").write_text(f'#include "launch.h"\n#line 1 "{names[0]}.cu"\n{source}\n{emulated}\n')
     command = [*compiler(), *OPTIONS, *CHECKS, "kernel.cpp", "-o", "kernel.so"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"compiling {name} failed:\n{done.stderr[:4000]}")
+        raise RuntimeError(f"compiling {', '.join(names)} failed:\n{done.stderr[:4000]}")
     return folder / "kernel.so"
 
 

@@ -12,7 +12,7 @@ from mlcgen.targets.base import Linear
 from mlcgen.targets.cpu_kernels import embedding, linear, rope_append
 
 from .cpu_build import assert_close, compile_for, unset
-from .emulate import emulated, every_variant, execute, link, needs_emulator
+from .emulate import each_variant, emulated, execute, link, needs_emulator
 from .reference import random_weight
 from .test_cpu_attention import Shape
 from .test_cpu_attention import run as check_attention
@@ -21,21 +21,18 @@ from .test_cpu_rope import check as check_rope_append
 
 FORMATS = [F32, F16, BF16, Q8, Q4, grouped(4, 32, has_minimum=True)]
 INT8_FORMATS = [with_int8_activations(fmt) for fmt in (Q4, Q8, grouped(8, 16, has_minimum=True))]
-every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
-every_kv_dtype = pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16"])
+each_kv_dtype = each_variant("kv_dtype", ["float32", "float16", "bfloat16"], newer=["bfloat16"])
 pytestmark = needs_emulator
 
 
-@every_variant
-@pytest.mark.parametrize("fmt", [*FORMATS, *INT8_FORMATS], ids=lambda fmt: fmt.name)
+@each_variant("fmt", [*FORMATS, *INT8_FORMATS], newer=[BF16, Q4, *INT8_FORMATS], ids=lambda fmt: fmt.name)
 def test_linear(variant: str, fmt: WeightFormat, tmp_path: Path) -> None:
     spec = Linear(fmt, 83, 96, has_bias=True)  # 6 tiles, the last of 3 columns
     kernel = emulated(variant, lambda isa: linear(spec, isa), tmp_path)
     check_linear(kernel, spec, (1, 4, 7, 55), 2e-3 if fmt.int8_activations else 3e-6)
 
 
-@every_variant
-@every_format
+@each_variant("fmt", FORMATS, newer=[BF16, Q4], ids=lambda fmt: fmt.name)
 def test_embedding(variant: str, fmt: WeightFormat, tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     stored, table = random_weight(fmt, 50, 96, rng)
@@ -44,15 +41,13 @@ def test_embedding(variant: str, fmt: WeightFormat, tmp_path: Path) -> None:
     assert_close(out, table[ids], 1e-7)
 
 
-@every_variant
-@every_kv_dtype
+@each_kv_dtype
 def test_rope_append(variant: str, kv_dtype: str, tmp_path: Path) -> None:
     sizes = (3, 1, 80, 5, kv_dtype)
     check_rope_append(emulated(variant, lambda isa: rope_append(*sizes, isa), tmp_path), *sizes)
 
 
-@every_variant
-@every_kv_dtype
+@each_kv_dtype
 def test_paged_attention(variant: str, kv_dtype: str, tmp_path: Path) -> None:
     shape = Shape(6, 2, 64, 16, kv_dtype, window=50)
     kernel = emulated(variant, shape.kernel, tmp_path)

@@ -9,7 +9,7 @@ from mlcgen.formats import F32, TILE
 from mlcgen.targets.base import Linear
 from mlcgen.targets.cpu_kernels import linear
 
-from .cpu_build import assert_close, build, every_isa, normal, unset
+from .cpu_build import assert_close, build, every_float_isa, normal, unset
 from .reference import rms_norm, silu_mul
 
 EPS = 1e-5
@@ -30,7 +30,7 @@ def alone(mcpu: str, width: int, **before: object) -> Callable[..., np.ndarray]:
     return run
 
 
-@every_isa
+@every_float_isa
 @every_width
 def test_rms_norm(mcpu: str, width: int) -> None:
     rng = np.random.default_rng(width)
@@ -45,7 +45,7 @@ def test_rms_norm_of_zeros_is_zero() -> None:
     np.testing.assert_array_equal(out, 0)
 
 
-@every_isa
+@every_float_isa
 @every_width
 def test_silu_mul(mcpu: str, width: int) -> None:
     rng = np.random.default_rng(width)
@@ -55,7 +55,7 @@ def test_silu_mul(mcpu: str, width: int) -> None:
         assert_close(run(gate_up), silu_mul(gate_up), 5e-7)
 
 
-@every_isa
+@every_float_isa
 def test_exponential_keeps_its_accuracy_and_saturates(mcpu: str) -> None:
     """silu(gate) * 1 = gate * sigmoid(gate): relative error over the whole range of the gate."""
     gate = np.linspace(-200, 200, 1024, dtype=np.float32)[None]

@@ -1,5 +1,6 @@
 """linear and embedding of the CPU target, against NumPy: every format, few and many rows, sizes off the tiles."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,7 +11,17 @@ from mlcgen.formats import BF16, F16, F32, Q4, Q8, WeightFormat, grouped, with_i
 from mlcgen.targets.base import Linear
 from mlcgen.targets.cpu_kernels import embedding, linear
 
-from .cpu_build import HAS_BF16_UNITS, assert_close, build, every_isa, normal, unset
+from .cpu_build import (
+    EVERY_ISA,
+    HAS_BF16_UNITS,
+    assert_close,
+    build,
+    every_float_isa,
+    every_isa,
+    every_isa_and,
+    normal,
+    unset,
+)
 from .reference import random_weight, rms_norm, round_activations, silu_mul
 
 GROUPED = [Q8, Q4, grouped(4, 16), grouped(4, 32, has_minimum=True), grouped(8, 16, has_minimum=True)]
@@ -43,8 +54,18 @@ def closest(actual: np.ndarray, *candidates: np.ndarray) -> np.ndarray:
     return min(candidates, key=lambda candidate: np.abs(actual - candidate).max())
 
 
+@functools.cache
+def native(mcpu: str, spec: Linear) -> Callable[..., None]:
+    return build(mcpu, lambda isa: linear(spec, isa))
+
+
 def check_native(mcpu: str, spec: Linear, num_rows: tuple[int, ...]) -> None:
-    check(build(mcpu, lambda isa: linear(spec, isa)), spec, num_rows, tolerance_of(mcpu, spec.fmt))
+    check(native(mcpu, spec), spec, num_rows, tolerance_of(mcpu, spec.fmt))
+
+
+def odd(fmt: WeightFormat) -> Linear:
+    """6 tiles, the last of 3 columns."""
+    return Linear(fmt, 83, 96, has_bias=True)
 
 
 def tolerance_of(mcpu: str, fmt: WeightFormat) -> float:
@@ -54,21 +75,17 @@ def tolerance_of(mcpu: str, fmt: WeightFormat) -> float:
     return 6e-3 if mcpu in HAS_BF16_UNITS and fmt.name not in ("f32", "f16") else 3e-6
 
 
-@every_isa
-@pytest.mark.parametrize("fmt", FORMATS + INT8_FORMATS, ids=lambda fmt: fmt.name)
+@every_isa_and(FORMATS + INT8_FORMATS)
 def test_linear(mcpu: str, fmt: WeightFormat) -> None:
-    spec = Linear(fmt, 83, 96, has_bias=True)  # 6 tiles, the last of 3 columns
-    check_native(mcpu, spec, NUM_ROWS)
+    check_native(mcpu, odd(fmt), NUM_ROWS)
 
 
-@every_isa
-@pytest.mark.parametrize("fmt", GROUPED, ids=lambda fmt: fmt.name)
+@every_isa_and(GROUPED)
 def test_few_rows_are_as_exact_as_float32(mcpu: str, fmt: WeightFormat) -> None:
-    spec = Linear(fmt, 83, 160, norm_eps=EPS)
-    check(build(mcpu, lambda isa: linear(spec, isa)), spec, (1, 2, 3, 5, 7), 3e-6)
+    check(native(mcpu, odd(fmt)), odd(fmt), (1, 2, 3, 5, 7), 3e-6)
 
 
-@pytest.mark.parametrize("mcpu", [param for param in every_isa.args[1] if param.values[0] in HAS_BF16_UNITS])
+@pytest.mark.parametrize("mcpu", [param for param in EVERY_ISA if param.values[0] in HAS_BF16_UNITS])
 @pytest.mark.parametrize("fmt", [BF16, Q4, with_int8_activations(Q8)], ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize("width", [64, 80])  # pairs of tiles; an odd number of them
 def test_linear_in_whole_tiles(mcpu: str, fmt: WeightFormat, width: int) -> None:
@@ -77,69 +94,71 @@ def test_linear_in_whole_tiles(mcpu: str, fmt: WeightFormat, width: int) -> None
         check_native(mcpu, replace(Linear(fmt, width, 160), **around), rows)
 
 
+# What makes the rows with each of the units that multiply them; what is added to the sums is the same for all.
+AROUND = {
+    "norm": ({"norm_eps": EPS}, [Q4]),
+    "norm and bias": ({"norm_eps": EPS, "has_bias": True}, [F32, with_int8_activations(Q4)]),
+    "gate and residual": ({"is_gated": True, "has_residual": True}, [F32, Q4, with_int8_activations(Q4)]),
+    "bias and residual": ({"has_residual": True, "has_bias": True}, [Q4]),
+}
+
+
 @every_isa
-@pytest.mark.parametrize("fmt", [F32, Q4, with_int8_activations(Q4)], ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize(
-    "around",
+    ("around", "fmt"),
     [
-        {"norm_eps": EPS},
-        {"is_gated": True, "has_residual": True},
-        {"has_residual": True, "has_bias": True},
-        {"norm_eps": EPS, "has_bias": True},
+        pytest.param(around, fmt, id=f"{name}-{fmt.name}")
+        for name, (around, formats) in AROUND.items()
+        for fmt in formats
     ],
-    ids=["norm", "gate and residual", "bias and residual", "norm and bias"],
 )
 def test_what_stands_around_a_linear(mcpu: str, fmt: WeightFormat, around: dict[str, object]) -> None:
     spec = replace(Linear(fmt, 83, 160), **around)
     check_native(mcpu, spec, (1, 3, 13, 30))
 
 
-@every_isa
-@pytest.mark.parametrize("fmt", [F32, Q4, with_int8_activations(Q4)], ids=lambda fmt: fmt.name)
+@every_isa_and([F32, Q4, with_int8_activations(Q4)])
 def test_linear_decodes_long_rows_in_several_panels(mcpu: str, fmt: WeightFormat) -> None:
     width = 32 * 1024 + 32 if fmt.int8_activations else 9216 + 32
     spec = Linear(fmt, 48, width, has_residual=True)  # 3 tiles: the last panel holds one of 2
     check_native(mcpu, spec, (1, 30))
 
 
-@every_isa
+@every_float_isa
 def test_linear_of_a_float_format_takes_any_k(mcpu: str) -> None:
     check_native(mcpu, Linear(F32, 16, 37), (1, 5, 26))
 
 
-@every_isa
-@pytest.mark.parametrize("fmt", [with_int8_activations(Q4), with_int8_activations(Q8)], ids=lambda fmt: fmt.name)
+@every_isa_and([with_int8_activations(Q4), with_int8_activations(Q8)])
 def test_int8_activations_of_zeros_and_of_the_largest_sums(mcpu: str, fmt: WeightFormat) -> None:
-    kernel = build(mcpu, lambda isa: linear(Linear(fmt, 16, 64), isa))
-    stored, _ = random_weight(fmt, 16, 64, np.random.default_rng(0))
+    kernel, n, k = native(mcpu, odd(fmt)), odd(fmt).out_features, odd(fmt).in_features
+    stored, _ = random_weight(fmt, n, k, np.random.default_rng(0))
     stored[0][...] = 255  # the largest codes
     largest = float((1 << fmt.bits) - 1 - fmt.zero_point)
     for rows in (1, 16):
         for value in (0.0, 3.0, -3.0):
-            x, out = np.full((rows, 64), value, np.float32), unset(rows, 16)
-            kernel(x, *stored, out)
-            scales = stored[1].astype(np.float64).sum(1) * 32  # (1, 16)
+            x, out = np.full((rows, k), value, np.float32), unset(rows, n)
+            kernel(x, *stored, np.zeros(n, np.float32), out)
+            scales = stored[1].astype(np.float64).sum(1).reshape(1, -1)[:, :n] * 32
             assert_close(out, np.repeat(scales * largest * value, rows, 0), 1e-2 if mcpu in HAS_BF16_UNITS else 1e-5)
 
 
-@every_isa
-@pytest.mark.parametrize("fmt", FORMATS + INT8_FORMATS, ids=lambda fmt: fmt.name)
+@every_isa_and(FORMATS + INT8_FORMATS)
 def test_a_value_that_is_not_finite_spoils_its_row_and_no_other(mcpu: str, fmt: WeightFormat) -> None:
     """The engine tells of a broken model by its logits, so no kernel may turn NaN into a number."""
-    kernel = build(mcpu, lambda isa: linear(Linear(fmt, 16, 64), isa))
-    stored, _ = random_weight(fmt, 16, 64, np.random.default_rng(0))
+    kernel, n, k = native(mcpu, odd(fmt)), odd(fmt).out_features, odd(fmt).in_features
+    stored, _ = random_weight(fmt, n, k, np.random.default_rng(0))
     for rows in (1, 3, 70):
         for value in (np.nan, np.inf, -np.inf):
-            for column in (0, 17, 63):
-                x, out = np.ones((rows, 64), np.float32), unset(rows, 16)
+            for column in (0, 17, k - 1):
+                x, out = np.ones((rows, k), np.float32), unset(rows, n)
                 x[-1, column] = value
-                kernel(x, *stored, out)
+                kernel(x, *stored, np.zeros(n, np.float32), out)
                 assert not np.isfinite(out[-1]).any()
                 assert np.isfinite(out[:-1]).all()
 
 
-@every_isa
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+@every_isa_and(FORMATS)
 def test_embedding(mcpu: str, fmt: WeightFormat) -> None:
     rng = np.random.default_rng(5)
     kernel = build(mcpu, lambda isa: embedding(fmt, 50, 96, isa))

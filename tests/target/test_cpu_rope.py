@@ -10,7 +10,8 @@ from tvm.runtime import tensor
 
 from mlcgen.targets.cpu_kernels import Isa, rope_append
 
-from .cpu_build import assert_close, build, compiles_for_aarch64, every_isa, normal, unset
+from .cpu_build import assert_close, build, compiles_for_aarch64, every_float_isa, normal, unset
+from .emulate import without_emulator
 from .reference import from_storage, rotate, to_storage
 
 TOLERANCE = {"float32": 5e-7, "float16": 4e-4, "bfloat16": 4e-3}
@@ -39,7 +40,7 @@ def check(kernel: Callable[..., None], h: int, kv: int, d: int, page_size: int, 
         assert_close(from_storage(pages, kv_dtype), expected, TOLERANCE[kv_dtype])
 
 
-@every_isa
+@every_float_isa
 @pytest.mark.parametrize("kv_dtype", TOLERANCE)
 @pytest.mark.parametrize(("h", "kv", "d", "page_size"), [(6, 2, 64, 16), (3, 3, 80, 5), (1, 1, 256, 1)])
 def test_rope_append(mcpu: str, kv_dtype: str, h: int, kv: int, d: int, page_size: int) -> None:
@@ -47,7 +48,7 @@ def test_rope_append(mcpu: str, kv_dtype: str, h: int, kv: int, d: int, page_siz
     check(build(mcpu, lambda isa: rope_append(*sizes, isa)), *sizes)
 
 
-@every_isa
+@every_float_isa
 def test_float16_rounds_to_nearest_even(mcpu: str) -> None:
     values = np.float32(
         [0, 1, -1, 65504, -65504, 2**-14, 2**-15, 3e-8, -3e-8, 2**-24, 1e-9, 1 + 2**-11, 1 + 3 * 2**-11]
@@ -95,5 +96,6 @@ def test_relax_updates_the_pages_in_place() -> None:
     np.testing.assert_array_equal(pages.numpy()[0], 0)
 
 
+@without_emulator
 def test_aarch64() -> None:
     compiles_for_aarch64([lambda isa, dtype=dtype: rope_append(3, 1, 80, 5, dtype, isa) for dtype in TOLERANCE])

@@ -15,6 +15,7 @@ from .emulate_cuda import (
     EmulationError,
     Order,
     compile_kernel,
+    compile_kernels,
     needs_compiler,
 )
 
@@ -320,12 +321,23 @@ MISTAKES = {
 }
 
 
+@pytest.fixture(scope="module")
+def mistaken() -> dict[str, EmulatedKernel]:
+    """A kernel for each mistake."""
+    names = {mistake: mistake.replace(" ", "_") for mistake in MISTAKES}
+    kernels = (
+        f'extern "C" __global__ void {names[mistake]}(float* x, const float* c, float* none) {{ {body} }}\n'
+        for mistake, (body, _) in MISTAKES.items()
+    )
+    compiled = compile_kernels('#include "primitives.cuh"\n' + "".join(kernels), list(names.values()))
+    return {mistake: compiled[name] for mistake, name in names.items()}
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_found(mistake: str) -> None:
-    body, message = MISTAKES[mistake]
+def test_mistakes_are_found(mistaken: dict[str, EmulatedKernel], mistake: str) -> None:
+    run, message = mistaken[mistake], MISTAKES[mistake][1]
     x, constant = np.ones(64, np.float32), np.ones(64, np.float32)
     constant.flags.writeable = False
-    run = kernel("float* x, const float* c, float* none", body)
     with pytest.raises(EmulationError, match=message):
         run(1, 64, [x, constant, None], shared=1000, seconds=1)
     with pytest.raises(EmulationError, match=message):  # the failure left the emulator as it was

@@ -1,7 +1,9 @@
 """A whole model through launch plan and plan executor, its kernels under the emulator, against the CPU target."""
 
 import base64
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +47,25 @@ CONFIG = {
 PAGES, PAGE_SIZE = 24, 4
 
 
-def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str, **config: object) -> Path:
-    """An artifact for the CPU and for CUDA, the latter's machine code being its source."""
-    monkeypatch.setattr(launch_plan, "compile_cuda", lambda source, arch: (source.encode(), ""))
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG | config))
-    return mlcgen.compile(
-        tmp_path / "model",
-        ["cpu", "cuda:sm_80"],
-        quantization,
-        tmp_path / "out",
-        page_size=PAGE_SIZE,
-        max_batch=8,
-        kv_dtype="float16",
-        random_weights=True,
-    )
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """compiled(quantization) -> artifact for the CPU and for CUDA, the latter's machine code being its source.
+
+    Under q4 with values in 8 bits, as GGUF files mix them: q, k and v are then products of their own.
+    """
+
+    @functools.cache
+    def compile_once(quantization: str) -> Path:
+        path = tmp_path_factory.mktemp(quantization)
+        (path / "config.json").write_text(json.dumps(CONFIG))
+        options = {"page_size": PAGE_SIZE, "max_batch": 8, "kv_dtype": "float16", "random_weights": True}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch_plan, "compile_cuda", lambda source, arch: (source.encode(), ""))
+            if quantization == "q4":
+                patch.setattr(weights, "storage_plan", with_8_bit_values)
+            return mlcgen.compile(path, ["cpu", "cuda:sm_80"], quantization, path / "out", **options)
+
+    return compile_once
 
 
 def with_8_bit_values(*arguments: Any) -> tuple[dict[str, WeightSource], list[str]]:
@@ -88,11 +94,8 @@ def batch(before: list[int], counts: list[int], rng: np.random.Generator, tables
 
 
 @pytest.mark.parametrize("quantization", ["q4", "bf16"])
-def test_plan_gives_the_logits_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str) -> None:
-    """Under q4 with values in 8 bits, as GGUF files mix them: q, k and v are then products of their own."""
-    if quantization == "q4":
-        monkeypatch.setattr(weights, "storage_plan", with_8_bit_values)
-    path = compiled(tmp_path, monkeypatch, quantization)
+def test_plan_gives_the_logits_of_the_cpu(compiled: Callable[[str], Path], quantization: str) -> None:
+    path = compiled(quantization)
     executor, device = emulated(path)
     expected: Executor = load_executor(path, "cpu", num_pages=PAGES).executor
     rng = np.random.default_rng(1)
@@ -138,9 +141,9 @@ class OneAtATime:
         return False
 
 
-def test_looking_ahead_gives_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_ahead_gives_the_same_tokens(compiled: Callable[[str], Path]) -> None:
     """Sequences of different lengths, ending by length and by token, more than the pages hold at once."""
-    executor, device = emulated(compiled(tmp_path, monkeypatch, "f16"))
+    executor, device = emulated(compiled("bf16"))
     rng = np.random.default_rng(2)
     prompts = [rng.integers(3, 300, length).tolist() for length in (3, 17, 9, 1, 30)]
     params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=count % 2 == 0) for count in (4, 9, 1, 12, 6)]

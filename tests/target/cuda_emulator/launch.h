@@ -1,4 +1,4 @@
-// What Python calls: `parameters` describes the kernel's, `launch` runs it.
+// What Python calls: `parameters_…` describes a kernel's, `launch_…` runs it.
 #pragma once
 #include "builtins.h"
 #include "copies.h"
@@ -100,11 +100,11 @@ inline const char* launch(const Launch& launch) {
 
 }  // namespace emulator
 
-#define EMULATE(name)                                                                              \
-  extern "C" __attribute__((visibility("default"))) const char* parameters() {                     \
-    return emulator::letters(name);                                                                \
-  }                                                                                                \
-  extern "C" __attribute__((visibility("default"))) const char* launch(const emulator::Launch& l) { \
-    emulator::kernel = [](void** arguments) { emulator::call(name, arguments); };                  \
-    return emulator::launch(l);                                                                    \
+#define EMULATE(name)                                                                                     \
+  extern "C" __attribute__((visibility("default"))) const char* parameters_##name() {                     \
+    return emulator::letters(name);                                                                       \
+  }                                                                                                       \
+  extern "C" __attribute__((visibility("default"))) const char* launch_##name(const emulator::Launch& l) { \
+    emulator::kernel = [](void** arguments) { emulator::call(name, arguments); };                         \
+    return emulator::launch(l);                                                                           \
   }
