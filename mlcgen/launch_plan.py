@@ -13,7 +13,7 @@ plan.json:
   output     the tensor of the logits
   max_tokens_per_step, max_logit_rows
   scratch, counters   bytes
-  module     base64 of the machine code
+  module     base64 of the machine code, or for WebGPU of JSON: function -> WGSL
 Sizes are expressions as in runtime/sizes.py.
 """
 
@@ -27,23 +27,23 @@ import numpy as np
 from tvm import IRModule, ir, relax, tirx
 
 from mlcgen.errors import CompileError
-from mlcgen.nvrtc import compile_cuda, resources
 from mlcgen.passes.rewrite import FORWARD, bindings, is_op
 from mlcgen.runtime.plan import ITEM_BYTES, VERSION
 from mlcgen.runtime.sizes import Size, evaluate
 from mlcgen.targets.base import PlanKernels, Target
-from mlcgen.targets.cuda_codegen import generate, size_of
 from mlcgen.targets.device_kernel import Code, Variant
+from mlcgen.targets.tvm_codegen import size_of
 
 
 def launch_plan(
     mod: IRModule, target: Target, weight_names: Sequence[str], bounds: Mapping[str, int]
 ) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
     """(the plan, registers and spills of each function) of a module after memory planning."""
-    builder = _Builder(mod, weight_names, bounds)
+    kernels = cast(PlanKernels, target.kernels)
+    builder = _Builder(mod, weight_names, bounds, target.reads_plain_rows)
     builder.walk()
-    codes = _codes(mod, target, builder.kernel_types)
-    module, log = compile_cuda(_source(codes.values()), target.arch)
+    codes = _codes(mod, kernels, builder.kernel_types)
+    module, resources = kernels.build(codes)
     sizes = {**bounds, "blocks": 1, "longest": 1 << 20, "is_decode": 1, "num_pages": 1}
     plan = builder.plan() | {
         "version": VERSION,
@@ -55,7 +55,7 @@ def launch_plan(
         "counters": max((evaluate(code.counters, sizes) for code in codes.values()), default=0),
         "module": base64.b64encode(module).decode(),
     }
-    return plan, resources(log)
+    return plan, resources
 
 
 def variants(plan: Mapping[str, Any], kernel: str) -> list[list[Any]]:
@@ -63,55 +63,12 @@ def variants(plan: Mapping[str, Any], kernel: str) -> list[list[Any]]:
     return [[v["when"], [launch["function"] for launch in v["launches"]]] for v in plan["kernels"][kernel]]
 
 
-def _codes(mod: IRModule, target: Target, types: Mapping[str, list[str]]) -> dict[str, Code]:
+def _codes(mod: IRModule, kernels: PlanKernels, types: Mapping[str, list[str]]) -> dict[str, Code]:
     """The code of every kernel that is called."""
     functions = {name: mod[name] for name in types}
-    found = cast(PlanKernels, target.kernels)
-    kernels = {name: found.device_kernel(func) for name, func in functions.items()}
-    codes = {name: kernel.generate(types[name]) for name, kernel in kernels.items() if kernel is not None}
-    return codes | generate({n: f for n, f in functions.items() if kernels[n] is None}, target.tvm)
-
-
-def _source(codes: Any) -> str:
-    includes: dict[str, None] = {}
-    functions: dict[str, str] = {}
-    for code in codes:
-        includes |= dict.fromkeys(code.includes)
-        functions |= code.functions
-    lines = [f'#include "{name}"' for name in ("stored.cuh", "sample.cuh", *includes)]
-    return "\n".join([*dict.fromkeys(lines), *functions.values(), RUNTIME])
-
-
-# Kernels of the runtime itself: they put the tokens that were chosen for rows of the step before into input_ids,
-# choose tokens, and prepare the weights when an artifact is loaded.
-RUNTIME = """
-extern "C" __global__ void take_tokens(i32* input_ids, const i32* rows, const i32* chosen, int n) {
-  int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < n && rows[i] >= 0) input_ids[i] = chosen[rows[i]];
-}
-extern "C" __global__ void __launch_bounds__(1024)
-    argmax_rows_by_parts(const float* logits, Best* parts, u32* counters, i32* ids, float* values, int vocab) {
-  argmax_of_parts<1024>(logits, parts, counters, ids, values, vocab);
-}
-extern "C" __global__ void __launch_bounds__(1024) sample_rows(
-    float* logits, const sampling::Row* rows, sampling::Change* changes, const u32* masks, i32* results, int vocab) {
-  sampling::sample(logits, rows, changes, masks, results, vocab);
-}
-extern "C" __global__ void untile_2(const u16* in, u16* out, int columns) { untile(in, out, columns); }
-extern "C" __global__ void untile_4(const u32* in, u32* out, int columns) { untile(in, out, columns); }
-extern "C" __global__ void random_uint8(u8* out, i64 n, float mean, float dev, int seed) {
-  random_fill(out, n, mean, dev, seed);
-}
-extern "C" __global__ void random_float16(f16* out, i64 n, float mean, float dev, int seed) {
-  random_fill(out, n, mean, dev, seed);
-}
-extern "C" __global__ void random_uint16(bf16* out, i64 n, float mean, float dev, int seed) {
-  random_fill(out, n, mean, dev, seed);
-}
-extern "C" __global__ void random_float32(float* out, i64 n, float mean, float dev, int seed) {
-  random_fill(out, n, mean, dev, seed);
-}
-"""
+    found = {name: kernels.device_kernel(func) for name, func in functions.items()}
+    codes = {name: kernel.generate(types[name]) for name, kernel in found.items() if kernel is not None}
+    return codes | kernels.generate({n: f for n, f in functions.items() if found[n] is None})
 
 
 def _variant(variant: Variant, target: Target) -> dict[str, Any]:
@@ -124,8 +81,10 @@ def _variant(variant: Variant, target: Target) -> dict[str, Any]:
 class _Builder:
     """Walks the function's bindings: allocations, calls of kernels, and other names of tensors."""
 
-    def __init__(self, mod: IRModule, weight_names: Sequence[str], bounds: Mapping[str, int]) -> None:
-        self.mod, self.func, self.bounds = mod, mod[FORWARD], bounds
+    def __init__(
+        self, mod: IRModule, weight_names: Sequence[str], bounds: Mapping[str, int], reads_plain_rows: bool
+    ) -> None:
+        self.mod, self.func, self.bounds, self.reads_plain_rows = mod, mod[FORWARD], bounds, reads_plain_rows
         self.weight_names = weight_names
         self.storages: list[int] = []
         self.tensors: list[dict[str, Any]] = []
@@ -166,7 +125,8 @@ class _Builder:
             self._add(var, {"kind": "input", "name": var.name})
         for name, var in zip(self.weight_names, weights, strict=True):
             shape = [int(d) for d in var.ty.shape]
-            is_tiled = len(shape) == 3 and not name.endswith((".scale", ".minimum"))
+            has_tiles = len(shape) == 3 and not name.endswith((".scale", ".minimum"))
+            is_tiled = self.reads_plain_rows and has_tiles
             self.weights[name] = {"shape": shape, "dtype": str(var.ty.dtype), "is_tiled": is_tiled}
             self._add(var, {"kind": "weights", "name": name})
 

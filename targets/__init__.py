@@ -1,11 +1,12 @@
-"""Targets by name: `cpu`, `cpu:x86-64-v3`, `cpu:aarch64`, `cuda:sm_90`, …"""
+"""Targets by name: `cpu`, `cpu:x86-64-v3`, `cpu:aarch64`, `cuda:sm_90`, `vulkan`, …"""
 
 from mlcgen.errors import TargetError
 from mlcgen.targets.base import Target
 from mlcgen.targets.cpu import cpu_target
 from mlcgen.targets.cuda import cuda_target
+from mlcgen.targets.vulkan import vulkan_target
 
-TARGETS = {"cpu": cpu_target, "cuda": cuda_target}
+TARGETS = {"cpu": cpu_target, "cuda": cuda_target, "vulkan": vulkan_target, "webgpu": vulkan_target}
 
 
 def resolve(name: str) -> Target:

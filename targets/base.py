@@ -1,5 +1,6 @@
 """A target is a value: what to generate code for, and what it can do. Passes ask for capabilities, never for names."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -66,6 +67,14 @@ class PlanKernels(Kernels, Protocol):
         """The same kernel for arguments of other types."""
         ...
 
+    def generate(self, functions: Mapping[str, Any]) -> dict[str, Any]:
+        """Function -> device_kernel.Code, by TVM, for scheduled PrimFuncs that stand for no kernel."""
+        ...
+
+    def build(self, codes: Mapping[str, Any]) -> tuple[bytes, dict[str, dict[str, int]]]:
+        """(what the device loads, registers and spills of each function where the compiler tells) of all Code."""
+        ...
+
 
 @dataclass(frozen=True)
 class Target:
@@ -81,6 +90,7 @@ class Target:
     has_plain_append: bool = True  # the cache can be written without rope_append, which computes the angles' turn too
     gates_results: bool = False  # SwiGLU ends the product before it, else it begins the one after it
     turns_in_attention: bool = False  # rotary embedding and the append to the cache are the attention kernel's
+    reads_plain_rows: bool = False  # of float matrices; tiles are put in order when they are loaded
     overlaps_kernels: bool = False  # a kernel may start while the one before it ends, and wait for it itself
     block_threads: int = 0  # threads of a block for kernels that no target wrote; 0: a CPU's loops instead
     # What its kernels take: types of the KV cache, sizes of a head (empty: any), float32 matrices, 8-bit activations.

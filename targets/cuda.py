@@ -1,14 +1,14 @@
 """CUDA targets: NVIDIA GPUs by compute capability, compiled for on any machine."""
 
 import functools
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 from mlcgen.errors import TargetError
 from mlcgen.formats import WeightFormat
-from mlcgen.targets import cuda_kernels
+from mlcgen.targets import cuda_codegen, cuda_kernels
 from mlcgen.targets.base import Attention, Linear, Target
-from mlcgen.targets.device_kernel import KEY, DeviceKernel
+from mlcgen.targets.device_kernel import Code, KeyedKernels
 
 # Machine code for a GPU, or with compute_80 assembly (PTX) that the driver of any GPU since compiles when it loads.
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "compute_80")
@@ -28,7 +28,7 @@ def cuda_target(variant: str = "") -> Target:
         f"cuda:{arch}",
         "cuda",
         "plan",
-        {"kind": "cuda", "arch": arch.replace("compute", "sm")},
+        _tvm_target(arch),
         (arch,),
         arch,
         max_tokens_per_step=MAX_TOKENS_PER_STEP,
@@ -36,6 +36,7 @@ def cuda_target(variant: str = "") -> Target:
         has_plain_append=False,
         gates_results=True,
         turns_in_attention=True,
+        reads_plain_rows=True,
         overlaps_kernels=arch in ("sm_90", "sm_100"),  # as primitives.cuh compiles wait_for_previous()
         block_threads=256,
         kv_dtypes=("float16", "bfloat16"),
@@ -44,6 +45,10 @@ def cuda_target(variant: str = "") -> Target:
         has_int8_activations=False,
         kernels=_kernels(arch),
     )
+
+
+def _tvm_target(arch: str) -> dict[str, Any]:
+    return {"kind": "cuda", "arch": arch.replace("compute", "sm")}
 
 
 def _this_gpu() -> str:
@@ -57,43 +62,36 @@ def _kernels(arch: str) -> "CudaKernels":
     return CudaKernels(arch)
 
 
-@dataclass(frozen=True, eq=False)
-class CudaKernels:
+class CudaKernels(KeyedKernels):
     """The Kernels of an NVIDIA GPU: CUDA C++ in cuda_kernels/, put together per model."""
 
-    arch: str
-    by_key: dict[str, DeviceKernel] = field(default_factory=dict)
+    def __init__(self, arch: str) -> None:
+        super().__init__()
+        self.arch = arch
 
-    def _placeholder(self, kernel: DeviceKernel) -> Any:
-        self.by_key[kernel.key] = kernel
-        return kernel.placeholder()
+    def generate(self, functions: Mapping[str, Any]) -> dict[str, Code]:
+        return cuda_codegen.generate(functions, _tvm_target(self.arch))
 
-    def device_kernel(self, placeholder: Any) -> DeviceKernel | None:
-        """The kernel that a PrimFunc stands for; None if TVM is to generate its code."""
-        attrs = placeholder.attrs
-        return self.by_key[str(attrs[KEY])] if attrs and KEY in attrs else None
-
-    def retyped(self, placeholder: Any, dtypes: list[str]) -> Any:
-        """The same kernel for arguments of other types."""
-        return self.by_key[str(placeholder.attrs[KEY])].placeholder(dtypes)
+    def build(self, codes: Mapping[str, Code]) -> tuple[bytes, dict[str, dict[str, int]]]:
+        return cuda_codegen.build(codes, self.arch)
 
     # Every layer asks for the same kernels.
     @functools.cache  # noqa: B019  (targets are few and live as long as the process)
     def linear(self, spec: Linear) -> Any:
-        return self._placeholder(cuda_kernels.linear(spec, self.arch))
+        return self.placeholder(cuda_kernels.linear(spec, self.arch))
 
     @functools.cache  # noqa: B019
     def embedding(self, fmt: WeightFormat, vocab: int, hidden: int) -> Any:
-        return self._placeholder(cuda_kernels.embedding(fmt, vocab, hidden))
+        return self.placeholder(cuda_kernels.embedding(fmt, vocab, hidden))
 
     @functools.cache  # noqa: B019
     def rope_append(self, num_heads: int, num_kv_heads: int, head_dim: int, page_size: int, kv_dtype: str) -> Any:
-        return self._placeholder(cuda_kernels.rope_append(num_heads, num_kv_heads, head_dim, page_size, kv_dtype))
+        return self.placeholder(cuda_kernels.rope_append(num_heads, num_kv_heads, head_dim, page_size, kv_dtype))
 
     @functools.cache  # noqa: B019
     def paged_attention(self, spec: Attention) -> Any:
-        return self._placeholder(cuda_kernels.paged_attention(spec, self.arch))
+        return self.placeholder(cuda_kernels.paged_attention(spec, self.arch))
 
     @functools.cache  # noqa: B019
     def rope_attention(self, spec: Attention) -> Any:
-        return self._placeholder(cuda_kernels.rope_attention(spec, self.arch))
+        return self.placeholder(cuda_kernels.rope_attention(spec, self.arch))

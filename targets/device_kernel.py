@@ -128,6 +128,26 @@ class DeviceKernel:
         return builder.get()
 
 
+class KeyedKernels:
+    """What the kernels of targets with launch plans share: the placeholders that were handed out, by key."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[str, DeviceKernel] = {}
+
+    def placeholder(self, kernel: DeviceKernel) -> tirx.PrimFunc:
+        self._by_key[kernel.key] = kernel
+        return kernel.placeholder()
+
+    def device_kernel(self, placeholder: tirx.PrimFunc) -> DeviceKernel | None:
+        """The kernel that a PrimFunc stands for; None if TVM is to generate its code."""
+        attrs = placeholder.attrs
+        return self._by_key[str(attrs[KEY])] if attrs and KEY in attrs else None
+
+    def retyped(self, placeholder: tirx.PrimFunc, dtypes: list[str]) -> tirx.PrimFunc:
+        """The same kernel for arguments of other types."""
+        return self._by_key[str(placeholder.attrs[KEY])].placeholder(dtypes)
+
+
 def _extent(size: int | str, symbols: Mapping[str, tirx.Var]) -> Any:
     if isinstance(size, int):
         return tirx.IntImm("int64", size)

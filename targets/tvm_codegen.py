@@ -1,7 +1,7 @@
-"""Kernels that no target wrote, as CUDA C++ by TVM: what is left over between the kernels of a model."""
+"""Kernels that no target wrote, as text by TVM: what is left over between the kernels of a model."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import tvm
@@ -11,14 +11,30 @@ from tvm_ffi.structural import structural_walk
 
 from mlcgen.errors import CompileError
 from mlcgen.runtime.sizes import Size
-from mlcgen.targets.device_kernel import Code, Launch, Variant, tensor
 
 HOST = {"kind": "llvm", "mtriple": "x86_64-linux-gnu"}  # its half of the code is thrown away
-DEFINITION = 'extern "C" __global__ '
 
 
-def generate(functions: Mapping[str, tirx.PrimFunc], target: Mapping[str, Any]) -> dict[str, Code]:
-    """Scheduled PrimFuncs to code, by name. Raises CompileError for one that is no kernel of a GPU."""
+@dataclass(frozen=True)
+class Generated:
+    """One kernel: its text and what its launch needs."""
+
+    name: str
+    text: str
+    grid: tuple[Size, Size, Size]
+    block: int  # threads
+    params: tuple[int | str, ...]  # the function's argument of this number, or the symbol of this name
+
+
+def generate(
+    functions: Mapping[str, tirx.PrimFunc],
+    target: Mapping[str, Any],
+    texts_of: Callable[[IRModule, Any], Mapping[str, str]],
+) -> dict[str, list[Generated]]:
+    """The kernels of scheduled PrimFuncs, in the order that they run in, by the functions' names.
+
+    texts_of(module of kernels, target): kernel -> its text. Raises CompileError for a function that no GPU can run.
+    """
     if not functions:
         return {}
     mod = IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
@@ -31,31 +47,22 @@ def generate(functions: Mapping[str, tirx.PrimFunc], target: Mapping[str, Any]) 
     texts: dict[str, str] = {}
     kernels: dict[str, tirx.PrimFunc] = {}
     for device, built_for in devices:
-        texts |= _definitions(tvm.get_global_func("target.build.cuda")(device, built_for).inspect_source())
+        texts |= texts_of(device, built_for)
         kernels |= {gv.name_hint: f for gv, f in device.functions.items()}
-    return {name: _code(name, func, kernels, texts) for name, func in functions.items()}
+    return {name: _kernels_of(name, func, kernels, texts) for name, func in functions.items()}
 
 
-def _definitions(source: str) -> dict[str, str]:
-    """Kernel name -> its text; TVM's own prelude is left out (tvm_prelude.cuh has what is used of it)."""
-    found = {}
-    for part in source.split(DEFINITION)[1:]:
-        head = re.sub(r"__launch_bounds__\([^)]*\)", "", part).split("{", 1)[0]
-        if ";" not in head:  # a definition, not its announcement
-            found[head.split("(", 1)[0].split()[-1]] = DEFINITION + part
-    return found
-
-
-def _code(name: str, func: tirx.PrimFunc, kernels: Mapping[str, tirx.PrimFunc], texts: Mapping[str, str]) -> Code:
+def _kernels_of(
+    name: str, func: tirx.PrimFunc, kernels: Mapping[str, tirx.PrimFunc], texts: Mapping[str, str]
+) -> list[Generated]:
     mine = [k for k in kernels if k == f"{name}_kernel" or k.startswith(f"{name}_kernel_")]
     if not mine:
         raise CompileError(f"kernel {name} was not scheduled for a GPU; compile for -t cpu")
     buffers = [p.name for p in func.params]
-    launches = tuple(_launch(k, kernels[k], buffers) for k in mine)
-    return Code(("tvm_prelude.cuh",), {k: texts[k] for k in mine}, (Variant(1, launches),))
+    return [_kernel(k, kernels[k], texts[k], buffers) for k in mine]
 
 
-def _launch(name: str, kernel: tirx.PrimFunc, buffers: list[str]) -> Launch:
+def _kernel(name: str, kernel: tirx.PrimFunc, text: str, buffers: list[str]) -> Generated:
     extents: dict[str, Size] = {}
 
     def visit(node: Any) -> None:
@@ -63,15 +70,14 @@ def _launch(name: str, kernel: tirx.PrimFunc, buffers: list[str]) -> Launch:
             extents[str(node.node.thread_tag)] = size_of(node.value)
 
     structural_walk(kernel.body, [(tirx.AttrStmt, visit)], order="pre")
-    args = []
+    params: list[int | str] = []
     for param in kernel.params:
         buffer = param.name.removesuffix("_ptr")
-        args.append(tensor(buffers.index(buffer)) if buffer in buffers else ["int64", param.name])
-    grid = tuple(extents.get(f"blockIdx.{axis}", 1) for axis in "xyz")
+        params.append(buffers.index(buffer) if buffer in buffers else str(param.name))
+    x, y, z = (extents.get(f"blockIdx.{axis}", 1) for axis in "xyz")
     threads = extents.get("threadIdx.x", 1)
     assert isinstance(threads, int)
-    # TVM's code does not wait for the kernel before it.
-    return Launch(name, (grid[0], grid[1], grid[2]), threads, tuple(args), overlaps=False)
+    return Generated(name, text, (x, y, z), threads, tuple(params))
 
 
 _BINARY = {

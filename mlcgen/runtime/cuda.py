@@ -7,15 +7,15 @@ import contextlib
 import ctypes
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mlcgen.errors import DeviceError, TargetError
+from mlcgen.runtime.device import Address
 
-Address = int
 _U64, _SIZE, _PTR, _INT, _UINT = ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint
 
 CUDA_VERSION = 13000  # of the machine code, as drivers report theirs
@@ -122,6 +122,8 @@ class CudaDevice:
         self._check("cuCtxSetCurrent", library.cuCtxSetCurrent(context))
         self._check("cuStreamCreate", library.cuStreamCreate(ctypes.byref(self._stream), _NON_BLOCKING))
         self._events = [self._new_event(), self._new_event()]
+        self.symbols: Mapping[str, int] = {}
+        self.largest_binding = 1 << 48  # addresses reach everywhere
         self._functions: dict[str, ctypes.c_void_p] = {}
         self._maps: dict[tuple[Any, ...], Any] = {}
 

@@ -4,12 +4,11 @@ import ctypes
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from mlcgen.runtime.cuda import Address
+from mlcgen.runtime.device import Address, Device
 from mlcgen.runtime.executor import Float32, Int32
 from mlcgen.runtime.sampler import Sampled, Sampler, SamplingParams
 
@@ -26,19 +25,6 @@ _PART, _MAX_PARTS = 8192, 16  # logits that one block takes, and blocks of a row
 _TINY, _LARGEST = 1e-37, 3e38  # an inverse temperature of 0 would mean greedy; what float32 can hold
 
 Mask = npt.NDArray[np.uint32]
-
-
-class Device(Protocol):
-    """What is asked of runtime.cuda.CudaDevice."""
-
-    def allocate(self, num_bytes: int, purpose: str) -> Address: ...
-    def free(self, address: Address) -> None: ...
-    def pinned(self, num_bytes: int) -> npt.NDArray[np.uint8]: ...
-    def upload(self, to: Address, array: npt.NDArray[Any]) -> None: ...
-    def download(self, to: npt.NDArray[Any], source: Address) -> None: ...
-    def launch(
-        self, name: str, grid: Sequence[int], block: int, shared: int, args: Sequence[Any], overlaps: bool = False
-    ) -> None: ...
 
 
 class DeviceSampler:

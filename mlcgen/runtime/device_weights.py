@@ -2,7 +2,7 @@
 
 import ctypes
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import Any
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from mlcgen.errors import ArtifactError
 from mlcgen.runtime.cpu import usable_cores
-from mlcgen.runtime.cuda import Address, CudaDevice
+from mlcgen.runtime.device import Address, Device
 from mlcgen.runtime.plan import ITEM_BYTES
 
 CHUNK = 64 << 20  # bytes of one copy; two are under way
@@ -21,7 +21,7 @@ FUNCTIONS = ("untile_2", "untile_4", "random_uint8", "random_float16", "random_u
 
 
 def upload_weights(
-    device: CudaDevice, specs: Mapping[str, Mapping[str, Any]], weights: Mapping[str, npt.NDArray[Any]]
+    device: Device, specs: Mapping[str, Mapping[str, Any]], weights: Mapping[str, npt.NDArray[Any]]
 ) -> dict[str, Address]:
     """name -> where it lies on the device. specs: the plan's `weights`."""
     staging = _Staging(device)
@@ -41,15 +41,13 @@ def upload_weights(
     return found
 
 
-def make_random_weights(device: CudaDevice, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Address]:
+def make_random_weights(device: Device, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Address]:
     """Weights for measuring, made on the device: N(0, 0.02) where the order of values does not matter, norms of one."""
     found = {}
     for seed, (name, spec) in enumerate(specs.items()):
         found[name] = device.allocate(_num_bytes(spec), "weights")
         is_norm = len(spec["shape"]) == 1
-        mean, deviation = (float("norm" in name), 0.0) if is_norm else (0.0, 0.02)
-        if name.endswith((".scale", ".minimum")):
-            mean, deviation = (0.004 if name.endswith(".scale") else -0.03), 0.0005
+        mean, deviation = (float("norm" in name), 0.0) if is_norm else _distribution(name)
         args = [
             ctypes.c_uint64(found[name]),
             ctypes.c_int64(prod(spec["shape"])),
@@ -62,7 +60,42 @@ def make_random_weights(device: CudaDevice, specs: Mapping[str, Mapping[str, Any
     return found
 
 
-def _untile(device: CudaDevice, spec: Mapping[str, Any], tiled: Address, to: Address) -> None:
+class Random(Mapping[str, npt.NDArray[Any]]):
+    """Weights for measuring on devices that make none: the same small block again and again, norms of one."""
+
+    BLOCK = 1 << 20  # values
+
+    def __init__(self, specs: Mapping[str, Mapping[str, Any]]) -> None:
+        self._specs = specs
+        self._floats = np.random.default_rng(0).standard_normal(self.BLOCK).astype(np.float32)
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        shape, dtype = tuple(self._specs[name]["shape"]), str(self._specs[name]["dtype"])
+        if len(shape) == 1:
+            return np.full(shape, float("norm" in name), dtype)
+        if dtype == "uint8":
+            block = self._floats.view(np.uint8)
+        else:
+            mean, deviation = _distribution(name)
+            floats = self._floats * np.float32(deviation) + np.float32(mean)
+            block = (floats.view(np.uint32) >> 16).astype(np.uint16) if dtype == "uint16" else floats.astype(dtype)
+        return np.resize(block, shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+
+def _distribution(name: str) -> tuple[float, float]:
+    """(mean, deviation) of a matrix's values, or of its groups' scales and minima."""
+    if name.endswith(".scale"):
+        return 0.004, 0.0005
+    return (-0.03, 0.0005) if name.endswith(".minimum") else (0.0, 0.02)
+
+
+def _untile(device: Device, spec: Mapping[str, Any], tiled: Address, to: Address) -> None:
     tiles, columns, _ = spec["shape"]
     args = [ctypes.c_uint64(tiled), ctypes.c_uint64(to), ctypes.c_int32(columns)]
     device.launch(f"untile_{ITEM_BYTES[spec['dtype']]}", (-(-columns // 64), tiles, 1), 256, 0, args)
@@ -75,7 +108,7 @@ def _num_bytes(spec: Mapping[str, Any]) -> int:
 class _Staging:
     """Two pinned buffers: while one is copied to the device, the other is filled from the file by several threads."""
 
-    def __init__(self, device: CudaDevice) -> None:
+    def __init__(self, device: Device) -> None:
         self._device = device
         self._threads = ThreadPoolExecutor(usable_cores())
         self._buffers = [device.pinned(CHUNK) for _ in range(2)]

@@ -12,12 +12,14 @@ import numpy as np
 
 from mlcgen import artifact
 from mlcgen.errors import ArtifactError, DeviceError, TargetError
-from mlcgen.runtime import cuda
+from mlcgen.runtime import cuda, webgpu
 from mlcgen.runtime.cpu import host_arch, host_features
+from mlcgen.runtime.device import Device
 from mlcgen.runtime.executor import Executor
 from mlcgen.runtime.vm_executor import KV_STORAGE, VmExecutor, load_runtime_library
 
 TEGRA = (72, 87)  # small systems, whose machine code is another
+WEBGPU_KV_BYTES = 4 << 30  # for pages, when the user names no number: WebGPU does not tell how much memory there is
 MEMORY_SHARE = 0.5  # of what is free, for pages, when the user names no number
 
 
@@ -56,7 +58,8 @@ def load_executor(
     batch = _batch(manifest, max_batch)
     executor: Executor
     if entry["executor"] == "plan":
-        executor = _plan_executor(library, manifest, weights, num_pages, batch, gpu_memory_utilization)
+        load = {"cuda": _on_cuda, "webgpu": _on_webgpu}[entry["kind"]]
+        executor = load(library, manifest, weights, num_pages, batch, gpu_memory_utilization)
     else:
         if weights is None:
             raise ArtifactError(f"{path} has no weights, and {entry['name']} cannot make random ones")
@@ -71,7 +74,7 @@ def load_executor(
     )
 
 
-def _plan_executor(
+def _on_cuda(
     plan_file: Path,
     manifest: Mapping[str, Any],
     weights: Mapping[str, Any] | None,
@@ -81,11 +84,10 @@ def _plan_executor(
 ) -> Executor:
     from mlcgen.runtime import device_sampler, device_weights
     from mlcgen.runtime.cuda import CudaDevice
-    from mlcgen.runtime.plan import check_fit, function_names, read_plan
-    from mlcgen.runtime.plan_executor import TAKE_TOKENS, PlanExecutor
+    from mlcgen.runtime.plan import function_names
+    from mlcgen.runtime.sampling_executor import TAKE_TOKENS, SamplingPlanExecutor
 
-    plan = read_plan(plan_file)
-    check_fit(plan, manifest, weights)
+    plan = _plan(plan_file, manifest, weights)
     device = CudaDevice()
     names = [*function_names(plan), *device_weights.FUNCTIONS, *device_sampler.FUNCTIONS, TAKE_TOKENS]
     device.load(base64.b64decode(plan["module"]), names)
@@ -105,7 +107,56 @@ def _plan_executor(
                 f"{workspace / 2**30:.2f}; raise --gpu-memory-utilization or free memory"
             )
         num_pages = min(affordable, useful_pages(manifest, max_batch))
+    return SamplingPlanExecutor(device, plan, manifest, addresses, num_pages)
+
+
+def _on_webgpu(
+    plan_file: Path,
+    manifest: Mapping[str, Any],
+    weights: Mapping[str, Any] | None,
+    num_pages: int | None,
+    max_batch: int,
+    memory_utilization: float,
+) -> Executor:
+    from mlcgen.runtime import device_weights
+    from mlcgen.runtime.plan import function_names
+    from mlcgen.runtime.plan_executor import PlanExecutor
+    from mlcgen.runtime.webgpu import WebgpuDevice
+
+    plan = _plan(plan_file, manifest, weights)
+    device = WebgpuDevice()
+    _check_bindings(plan, device)
+    device.load(base64.b64decode(plan["module"]), function_names(plan))
+    addresses = device_weights.upload_weights(
+        device, plan["weights"], weights or device_weights.Random(plan["weights"])
+    )
+    if num_pages is None:
+        layer = page_bytes(manifest["kv"]) // plan["pages"]["layers"]
+        most = min(WEBGPU_KV_BYTES // page_bytes(manifest["kv"]), device.largest_binding // layer)
+        num_pages = max(1, min(most, useful_pages(manifest, max_batch)))
     return PlanExecutor(device, plan, manifest, addresses, num_pages)
+
+
+def _plan(file: Path, manifest: Mapping[str, Any], weights: Mapping[str, Any] | None) -> dict[str, Any]:
+    from mlcgen.runtime.plan import check_fit, read_plan
+
+    plan = read_plan(file)
+    check_fit(plan, manifest, weights)
+    return plan
+
+
+def _check_bindings(plan: Mapping[str, Any], device: Device) -> None:
+    """Raises DeviceError for a tensor that no kernel can be given; the logits' rows are as many as fit."""
+    from mlcgen.runtime.plan import ITEM_BYTES
+
+    output = plan["tensors"][plan["output"]]["storage"]
+    sizes = {f"intermediate {i}": size for i, size in enumerate(plan["storages"]) if i != output}
+    sizes |= {"kernels' scratch memory": plan["scratch"]}
+    sizes |= {name: prod(spec["shape"]) * ITEM_BYTES[spec["dtype"]] for name, spec in plan["weights"].items()}
+    for name, size in sizes.items():
+        if size > device.largest_binding:
+            has = f"kernels on {device.name} reach {device.largest_binding / 2**20:.0f} MiB"
+            raise DeviceError(f"{name} has {size / 2**20:.0f} MiB, {has}; quantize further (-q), or use another target")
 
 
 def _batch(manifest: Mapping[str, Any], wanted: int | None) -> int:
@@ -128,14 +179,24 @@ def choose_target(entries: Sequence[Mapping[str, Any]], wanted: str) -> Mapping[
     if not able:
         reasons = "; ".join(f"{e['name']}: {problems[str(e['name'])]}" for e in meant)
         raise TargetError(f"this artifact has no target that runs here ({reasons}); compile it for this machine")
-    # A GPU before the CPU; of several for one GPU the newest machine code, for one CPU what uses most of it.
-    return max(able, key=lambda e: (e.get("kind") != "cpu", _generation(e), len(e.get("features", ()))))
+    # Of several for one GPU the newest machine code, for one CPU what uses most of it.
+    return max(able, key=lambda e: (_speed(e), _generation(e), len(e.get("features", ()))))
+
+
+def _speed(entry: Mapping[str, Any]) -> int:
+    """Kinds of targets by what is expected of them; a GPU in software is slower than the CPU that it runs on."""
+    kind = entry.get("kind")
+    if kind == "webgpu" and (adapter := webgpu.adapter()) is not None and adapter.is_software:
+        return -1
+    return {"cuda": 2, "webgpu": 1}.get(str(kind), 0)
 
 
 def cannot_run(entry: Mapping[str, Any]) -> str | None:
     """Why this machine cannot run a target's entry, or None."""
     if entry.get("kind") == "cuda":
         return _cannot_run_cuda(entry)
+    if entry.get("kind") == "webgpu":
+        return webgpu.missing()
     machine = host_arch()
     if entry.get("executor") != "vm":
         return f"executor {entry.get('executor')!r} is not in this version"

@@ -6,7 +6,6 @@ then on a step is one copy into pinned memory and one launch. Other steps start 
 
 import base64
 import ctypes
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -15,29 +14,25 @@ from typing import Any
 import numpy as np
 
 from mlcgen.errors import RequestError
-from mlcgen.runtime.cuda import Address, CudaDevice, Graph
-from mlcgen.runtime.device_sampler import DeviceSampler, needs_host
+from mlcgen.runtime.device import Address, Device
 from mlcgen.runtime.executor import Float32, Int32, StepInput
 from mlcgen.runtime.plan import ITEM_BYTES
-from mlcgen.runtime.sampler import Sampled, Sampler
 from mlcgen.runtime.sizes import evaluate
 
 INPUT_ALIGNMENT = 256  # bytes
-TAKE_TOKENS = "take_tokens"
-_SAMPLED_ROWS = "sampled_rows"  # beside the plan's own inputs
 _ARGUMENTS = {"int32": ctypes.c_int32, "int64": ctypes.c_int64}
 
 
 class _Inputs:
     """Where a step's inputs are: pinned memory on the host, and as much on the device."""
 
-    def __init__(self, device: CudaDevice, num_bytes: int) -> None:
+    def __init__(self, device: Device, num_bytes: int) -> None:
         self.staging = device.pinned(num_bytes)
         self.address = device.allocate(num_bytes, "inputs of a step")
 
 
 @dataclass
-class _Step:
+class Step:
     """One size of step: its inputs by name, in memory of their own or that steps of any size share, and its symbols."""
 
     inputs: _Inputs
@@ -46,18 +41,23 @@ class _Step:
     offsets: dict[str, int]
     symbols: dict[str, int]
     turn: int
-    graph: Graph | None = None
+    graph: Any = None
+
+    def address(self, name: str) -> Address:
+        return self.inputs.address + self.offsets[name]
 
 
 class PlanExecutor:
     """One device. Call it from the thread that made it.
 
-    Steps take turns with two sets of inputs, samplers and marks, so that one can be prepared while one is under way.
+    Steps take turns with `TURNS` sets of inputs, so that a subclass may prepare one while another is under way.
     """
+
+    TURNS = 1
 
     def __init__(
         self,
-        device: CudaDevice,
+        device: Device,
         plan: Mapping[str, Any],
         manifest: Mapping[str, Any],
         weights: Mapping[str, Address],
@@ -76,58 +76,41 @@ class PlanExecutor:
         self._counters = device.allocate(plan["counters"], "kernels' counters")
         self._constants = [self._upload_constant(constant) for constant in plan["constants"]]
         self._weights = weights
-        self._max_logit_rows = int(plan["max_logit_rows"])
+        self._max_logit_rows = min(int(plan["max_logit_rows"]), device.largest_binding // (self.vocab_size * 4))
         self._logits = _PinnedRows(device, self.vocab_size)
-        self._samplers = [DeviceSampler(device, self.vocab_size, self.max_batch) for _ in range(2)]
-        self._decode_steps: dict[tuple[int, ...], _Step] = {}
-        self._inputs = [_Inputs(device, self._largest_inputs(manifest)) for _ in range(2)]  # of steps of any size
+        self._decode_steps: dict[tuple[int, ...], Step] = {}
+        inputs = self._largest_inputs(manifest)
+        self._inputs = [_Inputs(device, inputs) for _ in range(self.TURNS)]  # of steps of any size
         self._turn = 0
-        self._started: deque[int] = deque()  # turns under way
         device.synchronize()
 
     def step(self, batch: StepInput) -> Float32:
         """See Executor.step."""
-        step = self._launched(batch, None)
+        step = self.launched(batch)
         logits = self._logits.rows(len(batch.logit_rows))
-        self.device.download(logits, self._tensor_address(step, self._plan["output"]))
+        self.device.download(logits, self.logits_address(step))
         self.device.synchronize()
         return logits
 
-    def looks_ahead(self, samplers: Sequence[Sampler]) -> bool:
-        """See SamplingExecutor.looks_ahead."""
-        return not any(sampler.has_history or needs_host(sampler.params) for sampler in samplers)
-
-    def start(self, batch: StepInput, samplers: Sequence[Sampler], sampled_rows: Int32 | None = None) -> None:
-        """See SamplingExecutor.start."""
-        step = self._launched(batch, sampled_rows)
-        self._samplers[step.turn].start(self._tensor_address(step, self._plan["output"]), samplers)
-        self.device.mark(step.turn)
-        self._started.append(step.turn)
-
-    def finish(self) -> Sampled:
-        """See SamplingExecutor.finish."""
-        turn = self._started.popleft()
-        self.device.wait(turn)
-        return self._samplers[turn].finish()
-
-    def _launched(self, batch: StepInput, sampled_rows: Int32 | None) -> _Step:
+    def launched(self, batch: StepInput, **more: Int32 | None) -> Step:
+        """The batch's step, begun. more: inputs beside the batch's, of shapes `more_inputs`."""
         if len(batch.input_ids) > self.max_tokens_per_step:
             raise RequestError(f"{len(batch.input_ids)} tokens in one step, {self.max_tokens_per_step} were compiled")
         if len(batch.logit_rows) > self._max_logit_rows:
             raise RequestError(f"{len(batch.logit_rows)} rows of logits, {self._max_logit_rows} were compiled")
-        step = self.prepared(batch, sampled_rows)
+        step = self.prepared(batch, **more)
         if step.graph is not None:
             self.device.launch_graph(step.graph)
         else:
             self.run(step)
         return step
 
-    def prepared(self, batch: StepInput, sampled_rows: Int32 | None = None) -> _Step:
+    def prepared(self, batch: StepInput, **more: Int32 | None) -> Step:
         """The step of the batch's size, with the batch in its inputs; where all sequences decode, recorded."""
-        self._turn = 1 - self._turn
+        self._turn = (self._turn + 1) % self.TURNS
         is_decode = len(batch.input_ids) == len(batch.seq_lens) == len(batch.logit_rows)
         step = self._decode_step(batch) if is_decode else self._other_step(batch)
-        self._fill(step, batch, sampled_rows)
+        self._fill(step, {**vars(batch), **more})
         if is_decode and step.graph is None:
             self.run(step)  # before recording: what a first launch sets up is not part of a graph
             with self.device.capture() as graph:
@@ -135,34 +118,35 @@ class PlanExecutor:
             step.graph = graph
         return step
 
-    def _decode_step(self, batch: StepInput) -> _Step:
+    def _decode_step(self, batch: StepInput) -> Step:
         """Of a number of sequences and a width of their block tables that are powers of two."""
         size = min(_power_of_two(len(batch.seq_lens)), self.max_batch)
         blocks = _power_of_two(batch.block_table.shape[1])
         key = (self._turn, size, blocks)
         if key not in self._decode_steps:
-            symbols = {"n": size, "rows": size, "seqs": size, "blocks": blocks, "num_pages": self.num_pages}
+            symbols = {"n": size, "rows": size, "seqs": size, "blocks": blocks}
             self._decode_steps[key] = self._new_step(symbols | {"is_decode": 1, "longest": blocks * self.page_size})
         return self._decode_steps[key]
 
-    def _other_step(self, batch: StepInput) -> _Step:
+    def _other_step(self, batch: StepInput) -> Step:
         n, seqs = len(batch.input_ids), len(batch.seq_lens)
         rows, blocks = max(len(batch.logit_rows), 1), batch.block_table.shape[1]
-        symbols = {"n": n, "rows": rows, "seqs": seqs, "blocks": blocks, "num_pages": self.num_pages}
+        symbols = {"n": n, "rows": rows, "seqs": seqs, "blocks": blocks}
         longest = _power_of_two(int(batch.seq_lens.max(initial=1)))
         return self._new_step(symbols | {"is_decode": 0, "longest": longest}, self._inputs[self._turn])
 
-    def _new_step(self, symbols: dict[str, int], inputs: _Inputs | None = None) -> _Step:
+    def _new_step(self, symbols: dict[str, int], inputs: _Inputs | None = None) -> Step:
         """A step with `inputs`, or with some of its own."""
         shapes, offsets, num_bytes = self._input_layout(symbols)
+        symbols |= {"num_pages": self.num_pages, **self.device.symbols}
         inputs = inputs or _Inputs(self.device, num_bytes)
         words = inputs.staging.view(np.int32)
         host = {name: words[offsets[name] // 4 :][: prod(shape)].reshape(shape) for name, shape in shapes.items()}
-        return _Step(inputs, num_bytes, host, offsets, symbols, self._turn)
+        return Step(inputs, num_bytes, host, offsets, symbols, self._turn)
 
     def _input_layout(self, symbols: Mapping[str, int]) -> tuple[dict[str, tuple[int, ...]], dict[str, int], int]:
         """Shapes of the inputs by name, where they begin, and their bytes together."""
-        shapes: dict[str, tuple[int, ...]] = {_SAMPLED_ROWS: (symbols["n"],)}
+        shapes = self.more_inputs(symbols)
         for name, spec in self._plan["inputs"].items():
             shapes[name] = tuple(evaluate(size, symbols) for size in spec["shape"])
         offsets, end = {}, 0
@@ -171,19 +155,26 @@ class PlanExecutor:
             end += -(-prod(shape) * 4 // INPUT_ALIGNMENT) * INPUT_ALIGNMENT
         return shapes, offsets, end
 
+    def more_inputs(self, symbols: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of a step's int32 inputs beside the plan's."""
+        return {}
+
+    def begin(self, step: Step) -> None:
+        """Called where a step's inputs are on the device, before its kernels."""
+
+    def logits_address(self, step: Step) -> Address:
+        return self._tensor_address(step, self._plan["output"])
+
     def _largest_inputs(self, manifest: Mapping[str, Any]) -> int:
         tokens = self.max_tokens_per_step
         blocks = -(-int(manifest["context_length"]) // self.page_size) + 1
         sizes = {"n": tokens, "rows": self._max_logit_rows, "seqs": min(tokens, max(self.max_batch, 1))}
         return self._input_layout(sizes | {"blocks": blocks})[2]
 
-    def _fill(self, step: _Step, batch: StepInput, sampled_rows: Int32 | None) -> None:
+    def _fill(self, step: Step, arrays: Mapping[str, Int32 | None]) -> None:
         """The batch's arrays into pinned memory; what is rounded up becomes sequences of no token."""
-        for name, padding in _PADDING.items():
-            if name not in step.host:
-                continue
-            array = sampled_rows if name == _SAMPLED_ROWS else getattr(batch, name)
-            held = step.host[name]
+        for name, held in step.host.items():
+            array, padding = arrays.get(name), _PADDING[name]
             if array is None:
                 held[:] = padding or 0
             elif array.ndim == 2:
@@ -193,26 +184,14 @@ class PlanExecutor:
                 if len(array) < len(held):
                     held[len(array) :] = array[-1] if padding is None else padding
 
-    def run(self, step: _Step) -> None:
+    def run(self, step: Step) -> None:
         """Start a step's copies and kernels one by one."""
         self.device.upload(step.inputs.address, step.inputs.staging[: step.num_bytes])
-        self._take_sampled_tokens(step)
+        self.begin(step)
         for name, tensors, own in self._plan["steps"]:
             symbols = step.symbols | {symbol: evaluate(size, step.symbols) for symbol, size in own.items()}
             for launch in self._launches(name, symbols):
                 self._launch(launch, tensors, step, symbols)
-
-    def _take_sampled_tokens(self, step: _Step) -> None:
-        """Tokens that the step before chose into the inputs, from where they are on the device.
-
-        The step's first kernel. It does not overlap, so the step before has ended when others start, and these may read
-        the inputs, and what that one left in the cache, before they wait (attention_decode.cuh).
-        """
-        n = step.symbols["n"]
-        ids, rows = (step.inputs.address + step.offsets[name] for name in ("input_ids", _SAMPLED_ROWS))
-        addresses = (ids, rows, self._samplers[1 - step.turn].token_ids)
-        args = [*map(ctypes.c_uint64, addresses), ctypes.c_int32(n)]
-        self.device.launch(TAKE_TOKENS, (-(-n // 256), 1, 1), 256, 0, args)
 
     def _launches(self, kernel: str, symbols: Mapping[str, int]) -> Sequence[Mapping[str, Any]]:
         for variant in self._plan["kernels"][kernel]:
@@ -221,13 +200,13 @@ class PlanExecutor:
                 return launches
         raise RequestError(f"no variant of {kernel} fits {symbols}")
 
-    def _launch(self, launch: Mapping[str, Any], tensors: Sequence[int], step: _Step, symbols: dict[str, int]) -> None:
+    def _launch(self, launch: Mapping[str, Any], tensors: Sequence[int], step: Step, symbols: dict[str, int]) -> None:
         args = [self._argument(arg, tensors, step, symbols) for arg in launch["args"]]
         grid = [evaluate(size, symbols) for size in launch["grid"]]
         shared = evaluate(launch["shared"], symbols)
         self.device.launch(launch["function"], grid, launch["block"], shared, args, launch["overlaps"])
 
-    def _argument(self, arg: Sequence[Any], tensors: Sequence[int], step: _Step, symbols: dict[str, int]) -> Any:
+    def _argument(self, arg: Sequence[Any], tensors: Sequence[int], step: Step, symbols: dict[str, int]) -> Any:
         kind, value = arg
         if kind in _ARGUMENTS:
             return _ARGUMENTS[kind](evaluate(value, symbols))
@@ -236,12 +215,12 @@ class PlanExecutor:
         if kind == "map":
             address = self._address(value["of"], tensors, step, symbols)
             dims = tuple(evaluate(size, symbols) for size in value["dims"])
-            return self.device.tensor_map(
+            return self.device.tensor_map(  # type: ignore[attr-defined]  # of CUDA, whose plans alone have maps
                 address, value["dtype"], dims, tuple(value["strides"]), tuple(value["box"]), value["swizzle"]
             )
         return ctypes.c_uint64(self._address(arg, tensors, step, symbols))
 
-    def _address(self, arg: Sequence[Any], tensors: Sequence[int], step: _Step, symbols: dict[str, int]) -> Address:
+    def _address(self, arg: Sequence[Any], tensors: Sequence[int], step: Step, symbols: dict[str, int]) -> Address:
         kind, value = arg
         if kind == "tensor":
             return self._tensor_address(step, tensors[value])
@@ -249,13 +228,13 @@ class PlanExecutor:
             return self._scratch + evaluate(value, symbols)
         return self._counters if kind == "counters" else 0
 
-    def _tensor_address(self, step: _Step, index: int) -> Address:
+    def _tensor_address(self, step: Step, index: int) -> Address:
         tensor = self._plan["tensors"][index]
         kind = tensor["kind"]
         if kind == "storage":
             return self._storages[tensor["storage"]] + int(tensor["offset"])
         if kind == "input":
-            return step.inputs.address + step.offsets[tensor["name"]]
+            return step.address(tensor["name"])
         if kind == "weights":
             return self._weights[tensor["name"]]
         return self._pages[tensor["layer"]] if kind == "pages" else self._constants[tensor["constant"]]
@@ -277,14 +256,14 @@ _PADDING: dict[str, int | None] = {
     "seq_lens": 0,
     "query_start": None,
     "logit_rows": 0,
-    _SAMPLED_ROWS: -1,
+    "sampled_rows": -1,
 }
 
 
 class _PinnedRows:
     """Host memory for logits, as many rows as were ever asked for."""
 
-    def __init__(self, device: CudaDevice, width: int) -> None:
+    def __init__(self, device: Device, width: int) -> None:
         self._device, self._width = device, width
         self._held = np.zeros((0, width), np.float32)
 

@@ -16,6 +16,9 @@ DEFINITION = 'extern "C" __global__'
 class EmulatedDevice:
     """Stands in for runtime.cuda.CudaDevice; `load` takes the CUDA C++ text instead of machine code."""
 
+    symbols: dict[str, int] = {}  # noqa: RUF012  (as CudaDevice, none)
+    largest_binding = 1 << 48
+
     def __init__(self) -> None:
         self.launched: list[str] = []
         self._memory: dict[int, np.ndarray] = {}

@@ -17,7 +17,7 @@ from mlcgen.nvrtc import INSTALL, compile_cuda, find_library, resources
 from mlcgen.passes.lift_weights import lift_weights
 from mlcgen.passes.paged_attention import KvLayout
 from mlcgen.passes.rewrite import FORWARD, static_shape
-from mlcgen.targets import resolve
+from mlcgen.targets import cuda_codegen, resolve
 from mlcgen.targets.cuda_codegen import DEFINITION
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
@@ -60,7 +60,7 @@ def config(head_dim: int) -> dict[str, Any]:
 
 def source(arch: str, quantization: str, head_dim: int, patch: pytest.MonkeyPatch) -> str:
     """The text that a model's launch plan is compiled from."""
-    patch.setattr(writer, "compile_cuda", lambda text, arch: (text.encode(), ""))
+    patch.setattr(cuda_codegen, "compile_cuda", lambda text, arch: (text.encode(), ""))
     model, target = parse_config(config(head_dim)), resolve(f"cuda:{arch}")
     mod, names = export(model)
     shapes = {name: static_shape(p) for name, p in zip(names, mod[FORWARD].params[2:], strict=True)}

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from mlcgen.formats import BF16, F16, F32, Q4, Q8, WeightFormat, grouped
-from mlcgen.launch_plan import RUNTIME
 from mlcgen.targets.base import Linear
-from mlcgen.targets.cuda_codegen import DEFINITION
+from mlcgen.targets.cuda_codegen import DEFINITION, RUNTIME
 from mlcgen.targets.cuda_kernels import embedding, linear, rope_append
 from mlcgen.targets.cuda_kernels.code import C_TYPES
 from mlcgen.targets.device_kernel import Launch, tensor

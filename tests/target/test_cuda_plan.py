@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import mlcgen
-from mlcgen import artifact, launch_plan, weights
+from mlcgen import artifact, weights
 from mlcgen.formats import Q8
 from mlcgen.passes.quantize import WeightSource
 from mlcgen.runtime import device_weights
@@ -19,8 +19,9 @@ from mlcgen.runtime.engine import Engine
 from mlcgen.runtime.executor import Executor, StepInput
 from mlcgen.runtime.load import load_executor
 from mlcgen.runtime.plan import function_names, read_plan
-from mlcgen.runtime.plan_executor import PlanExecutor
 from mlcgen.runtime.sampler import SamplingParams
+from mlcgen.runtime.sampling_executor import SamplingPlanExecutor
+from mlcgen.targets import cuda_codegen
 from mlcgen.weights import storage_plan
 
 from .emulate_cuda import needs_compiler
@@ -60,7 +61,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         (path / "config.json").write_text(json.dumps(CONFIG))
         options = {"page_size": PAGE_SIZE, "max_batch": 8, "kv_dtype": "float16", "random_weights": True}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launch_plan, "compile_cuda", lambda source, arch: (source.encode(), ""))
+            patch.setattr(cuda_codegen, "compile_cuda", lambda source, arch: (source.encode(), ""))
             if quantization == "q4":
                 patch.setattr(weights, "storage_plan", with_8_bit_values)
             return mlcgen.compile(path, ["cpu", "cuda:sm_80"], quantization, path / "out", **options)
@@ -73,14 +74,14 @@ def with_8_bit_values(*arguments: Any) -> tuple[dict[str, WeightSource], list[st
     return {n: WeightSource(n, Q8) if n.endswith("v_proj.weight") else s for n, s in plan.items()}, fallbacks
 
 
-def emulated(path: Path) -> tuple[PlanExecutor, EmulatedDevice]:
+def emulated(path: Path) -> tuple[SamplingPlanExecutor, EmulatedDevice]:
     manifest = artifact.read_manifest(path)
     plan = read_plan(path / "lib" / "cuda-sm_80.plan")
     device = EmulatedDevice()
     device.load(base64.b64decode(plan["module"]), function_names(plan))
     stored = artifact.map_weights(path / artifact.WEIGHTS)
     addresses = device_weights.upload_weights(device, plan["weights"], stored)
-    return PlanExecutor(device, plan, manifest, addresses, PAGES), device
+    return SamplingPlanExecutor(device, plan, manifest, addresses, PAGES), device
 
 
 def batch(before: list[int], counts: list[int], rng: np.random.Generator, tables: np.ndarray) -> StepInput:
@@ -131,7 +132,7 @@ def generate(executor: Executor, prompts: list[list[int]], params: list[Sampling
 class OneAtATime:
     """The same executor, without a step begun before the one under way has ended."""
 
-    def __init__(self, executor: PlanExecutor) -> None:
+    def __init__(self, executor: SamplingPlanExecutor) -> None:
         self._executor = executor
 
     def __getattr__(self, name: str) -> Any:

@@ -857,6 +857,6 @@ def test_no_room_for_pages(driver: FakeDriver, tmp_path: Path, monkeypatch: pyte
     manifest = {"kv": {"num_layers": 2, "num_kv_heads": 2, "page_size": 16, "head_dim": 64, "dtype": "float16"}}
     driver.set(memory=2 << 20)
     with pytest.raises(DeviceError, match=r"90% of the GPU's 0\.0 GiB leave no room for KV pages"):
-        load._plan_executor(tmp_path / "plan.json", manifest, None, None, 1, 0.9)
+        load._on_cuda(tmp_path / "plan.json", manifest, None, None, 1, 0.9)
     gc.collect()
     assert driver.live() == {}

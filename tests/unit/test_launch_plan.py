@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import mlcgen
-from mlcgen import artifact, launch_plan
+from mlcgen import artifact
 from mlcgen.runtime.plan import ITEM_BYTES, check_fit, function_names, read_plan
 from mlcgen.runtime.sizes import evaluate
+from mlcgen.targets import cuda_codegen
 from mlcgen.targets.cuda_codegen import DEFINITION
 
 CONFIG = {
@@ -46,7 +47,7 @@ def compiled(folder: Path, arch: str, quantization: str, **options: Any) -> Path
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps(CONFIG))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch_plan, "compile_cuda", lambda source, arch: (source.encode(), ""))
+        patch.setattr(cuda_codegen, "compile_cuda", lambda source, arch: (source.encode(), ""))
         named = {"max_batch": MAX_BATCH, "kv_dtype": "float16", **options}
         return mlcgen.compile(model, [f"cuda:{arch}"], quantization, folder / "out", random_weights=True, **named)
 
@@ -200,8 +201,8 @@ def test_the_same_each_time(tmp_path: Path) -> None:
     assert plan_file(compiled(tmp_path, "sm_90", "q4")).read_bytes() == first
     script = f"""
 import mlcgen
-from mlcgen import launch_plan
-launch_plan.compile_cuda = lambda source, arch: (source.encode(), "")
+from mlcgen.targets import cuda_codegen
+cuda_codegen.compile_cuda = lambda source, arch: (source.encode(), "")
 options = dict(max_batch={MAX_BATCH}, kv_dtype="float16", random_weights=True)
 mlcgen.compile({str(tmp_path / "model")!r}, ["cuda:sm_90"], "q4", {str(tmp_path / "other")!r}, **options)"""
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONHASHSEED": "7"})

@@ -140,11 +140,11 @@ def nested(depth: int) -> Any:
     return size
 
 
-RUNTIME = ("take_tokens",)  # not of the plan
-
-
 class Device:
     """Takes what an executor asks of a device, and runs nothing."""
+
+    symbols: dict[str, int] = {}  # noqa: RUF012
+    largest_binding = 1 << 48
 
     def __init__(self) -> None:
         self.launched: list[str] = []
@@ -163,8 +163,7 @@ class Device:
     ) -> None:
         assert len(grid) == 3
         assert all(ctypes.addressof(arg) for arg in args)
-        if name not in RUNTIME:
-            self.launched.append(name)
+        self.launched.append(name)
 
     def tensor_map(self, address: int, dtype: str, *sizes: Any) -> Any:
         dims, strides, box, _ = sizes

@@ -1,0 +1,68 @@
+"""What executors of launch plans ask of a device."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Address = int
+
+
+class Device(Protocol):
+    """One device with its memory. What is started runs in order; `synchronize` waits for it."""
+
+    symbols: Mapping[str, int]  # what the plan's sizes may ask of the device, such as has_f16
+    largest_binding: int  # bytes of a tensor that a kernel can be given
+
+    @property
+    def name(self) -> str: ...
+
+    def memory(self) -> tuple[int, int] | None:
+        """(free, total) bytes; None where the device does not tell."""
+        ...
+
+    def allocate(self, num_bytes: int, purpose: str) -> Address:
+        """Zeroed memory. Raises DeviceError that names the purpose where there is not enough."""
+        ...
+
+    def free(self, address: Address) -> None: ...
+
+    def pinned(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Host memory from which copies are as fast as they can be."""
+        ...
+
+    def upload(self, to: Address, array: npt.NDArray[Any]) -> None:
+        """Start copying; the array must stay as it is until `synchronize`."""
+        ...
+
+    def download(self, to: npt.NDArray[Any], source: Address) -> None:
+        """Start copying; the array is valid after `synchronize`."""
+        ...
+
+    def mark(self, which: int) -> None:
+        """Remember what has been started so far as mark 0 or 1, for `wait`."""
+        ...
+
+    def wait(self, which: int) -> None: ...
+
+    def synchronize(self) -> None:
+        """Wait for all that was started. Raises DeviceError for what failed in it."""
+        ...
+
+    def load(self, module: bytes, names: Sequence[str]) -> None:
+        """The plan's module, with the functions of these names."""
+        ...
+
+    def launch(
+        self, name: str, grid: Sequence[int], block: int, shared: int, args: Sequence[Any], overlaps: bool = False
+    ) -> None:
+        """Start a kernel. args: ctypes values, of addresses c_uint64."""
+        ...
+
+    def capture(self) -> AbstractContextManager[Any]:
+        """A graph of what is started inside, which is recorded and not run."""
+        ...
+
+    def launch_graph(self, graph: Any) -> None: ...

@@ -1,0 +1,64 @@
+"""The `plan` executor of devices that choose tokens themselves (kernels: sample.cuh): a step ahead of the host."""
+
+import ctypes
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlcgen.runtime.device import Address, Device
+from mlcgen.runtime.device_sampler import DeviceSampler, needs_host
+from mlcgen.runtime.executor import Int32, StepInput
+from mlcgen.runtime.plan_executor import PlanExecutor, Step
+from mlcgen.runtime.sampler import Sampled, Sampler
+
+TAKE_TOKENS = "take_tokens"
+
+
+class SamplingPlanExecutor(PlanExecutor):
+    """Two sets of inputs, samplers and marks, so that one step can be prepared while one is under way."""
+
+    TURNS = 2
+
+    def __init__(
+        self,
+        device: Device,
+        plan: Mapping[str, Any],
+        manifest: Mapping[str, Any],
+        weights: Mapping[str, Address],
+        num_pages: int,
+    ) -> None:
+        super().__init__(device, plan, manifest, weights, num_pages)
+        self._samplers = [DeviceSampler(device, self.vocab_size, self.max_batch) for _ in range(self.TURNS)]
+        self._started: deque[int] = deque()  # turns under way
+
+    def looks_ahead(self, samplers: Sequence[Sampler]) -> bool:
+        """See SamplingExecutor.looks_ahead."""
+        return not any(sampler.has_history or needs_host(sampler.params) for sampler in samplers)
+
+    def start(self, batch: StepInput, samplers: Sequence[Sampler], sampled_rows: Int32 | None = None) -> None:
+        """See SamplingExecutor.start."""
+        step = self.launched(batch, sampled_rows=sampled_rows)
+        self._samplers[step.turn].start(self.logits_address(step), samplers)
+        self.device.mark(step.turn)
+        self._started.append(step.turn)
+
+    def finish(self) -> Sampled:
+        """See SamplingExecutor.finish."""
+        turn = self._started.popleft()
+        self.device.wait(turn)
+        return self._samplers[turn].finish()
+
+    def more_inputs(self, symbols: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """See PlanExecutor.more_inputs."""
+        return {"sampled_rows": (symbols["n"],)}
+
+    def begin(self, step: Step) -> None:
+        """Tokens that the step before chose into the inputs, from where they are on the device.
+
+        The step's first kernel. It does not overlap, so the step before has ended when others start, and these may read
+        the inputs, and what that one left in the cache, before they wait (attention_decode.cuh).
+        """
+        n = step.symbols["n"]
+        addresses = (step.address("input_ids"), step.address("sampled_rows"), self._samplers[1 - step.turn].token_ids)
+        args = [*map(ctypes.c_uint64, addresses), ctypes.c_int32(n)]
+        self.device.launch(TAKE_TOKENS, (-(-n // 256), 1, 1), 256, 0, args)
