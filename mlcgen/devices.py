@@ -9,7 +9,7 @@ from typing import Any
 
 from mlcgen import nvrtc
 from mlcgen.errors import CompileError
-from mlcgen.runtime import cuda
+from mlcgen.runtime import cuda, webgpu
 from mlcgen.runtime.cpu import host_cpu_name, host_features
 
 __all__ = ["Device", "devices"]
@@ -36,12 +36,12 @@ class Device:
         return asdict(self)
 
 
-ABSENT = ("rocm", "metal", "vulkan")  # target kinds that users may look for
+ABSENT = ("rocm", "metal")  # target kinds that users may look for
 
 
 def devices() -> list[Device]:
     """One entry per kind of target."""
-    return [_cpu(), _cuda(), *(_absent(kind) for kind in ABSENT)]
+    return [_cpu(), _cuda(), _vulkan(), *(_absent(kind) for kind in ABSENT)]
 
 
 # The CPU
@@ -132,6 +132,19 @@ def _has_nvrtc() -> bool:
     except CompileError:
         return False
     return True
+
+
+# Other GPUs, through WebGPU
+
+
+def _vulkan() -> Device:
+    to_compile, adapter = _missing_compiler(), webgpu.adapter()
+    if adapter is None:
+        reason = webgpu.missing() or ""
+        remedy = f"{webgpu.INSTALL}; and a Vulkan driver, on Debian in mesa-vulkan-drivers and libvulkan1"
+        return Device("vulkan", "", not to_compile, False, [], [Missing(reason, remedy), *to_compile])
+    driver = f"{adapter.backend}, {adapter.driver}" + (", in software on the CPU" if adapter.is_software else "")
+    return Device("vulkan", adapter.name, not to_compile, True, list(adapter.features), to_compile, driver=driver)
 
 
 # Others

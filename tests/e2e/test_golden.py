@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from mlcgen import LLM, SamplingParams
+from mlcgen.add_targets import add_targets
 from mlcgen.evaluate import perplexity
+from mlcgen.runtime import webgpu
 from mlcgen.runtime.load import load_executor
 
 DATA = Path(__file__).parents[1] / "data"
@@ -43,6 +45,15 @@ def test_smollm2_alone_and_as_one_batch(compile_smollm2: Compile, page_size: int
     alone = [llm.generate([p], [params])[0] for p, params in zip(prompts, greedy(SMOLLM2), strict=True)]
     assert_golden(alone, SMOLLM2)
     assert_golden(llm.generate(prompts, greedy(SMOLLM2)), SMOLLM2)
+
+
+@pytest.mark.skipif(webgpu.missing() is not None, reason=str(webgpu.missing()))
+def test_smollm2_as_wgsl(compile_smollm2: Compile) -> None:
+    """On whatever WebGPU finds; the file's own 8-bit blocks give the reference's ids too."""
+    path = compile_smollm2("gguf", page_size=64)
+    add_targets(path, ["vulkan"])
+    llm = LLM(path, target="vulkan", num_pages=8)
+    assert_golden(llm.generate([r["prompt"] for r in SMOLLM2], greedy(SMOLLM2)), SMOLLM2)
 
 
 def test_smollm2_with_preemption(compile_smollm2: Compile) -> None:

@@ -56,7 +56,7 @@ def with_gpu(
 
 
 def test_every_kind_is_listed_once() -> None:
-    assert [device.kind for device in devices()] == ["cpu", "cuda", "rocm", "metal", "vulkan"]
+    assert [device.kind for device in devices()] == ["cpu", "cuda", "vulkan", "rocm", "metal"]
 
 
 def test_every_no_says_what_is_missing_and_how_to_get_it() -> None:

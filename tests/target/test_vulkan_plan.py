@@ -1,0 +1,109 @@
+"""A whole model as WGSL through launch plan, plan executor and wgpu, against the CPU target."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mlcgen
+from mlcgen.errors import DeviceError
+from mlcgen.runtime import webgpu
+from mlcgen.runtime.executor import Executor, StepInput
+from mlcgen.runtime.load import load_executor
+
+pytestmark = pytest.mark.skipif(webgpu.missing() is not None, reason=str(webgpu.missing()))
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+PAGES, PAGE_SIZE = 24, 4
+Compile = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    """compiled(quantization, type of the cache) -> artifact for the CPU and for WebGPU."""
+
+    @functools.cache
+    def compile_once(quantization: str, kv_dtype: str) -> Path:
+        path = tmp_path_factory.mktemp(quantization)
+        (path / "config.json").write_text(json.dumps(CONFIG))
+        options = {"kv_dtype": kv_dtype, "page_size": PAGE_SIZE, "max_batch": 4}
+        return mlcgen.compile(path, ["cpu", "vulkan"], quantization, path / "out", random_weights=True, **options)
+
+    return compile_once
+
+
+def steps(seed: int) -> list[StepInput]:
+    """Two prompts of 9 and 40 tokens in one step, a token more of each, again, 3 and 2 more, and one of the second."""
+    rng = np.random.default_rng(seed)
+    tables = rng.permutation(PAGES - 1)[:21].reshape(3, 7) + 1
+    long = np.concatenate([tables[1], tables[2]])
+    found = []
+    lengths = [0, 0]
+    for counts in ([9, 40], [1, 1], [1, 1], [3, 2], [0, 1]):
+        used = [s for s in range(2) if counts[s]]
+        positions = [np.arange(lengths[s], lengths[s] + counts[s]) for s in used]
+        lengths = [length + count for length, count in zip(lengths, counts, strict=True)]
+        rows = [[tables[0], long][s] for s in used]
+        width = max(-(-lengths[s] // PAGE_SIZE) for s in used)
+        table = np.zeros((len(used), width), np.int32)
+        for row, pages in zip(table, rows, strict=True):
+            row[: min(width, len(pages))] = pages[:width]
+        slots = [p[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for p, at in zip(rows, positions, strict=True)]
+        position, slot = np.concatenate(positions), np.concatenate(slots)
+        start = np.cumsum([0, *(counts[s] for s in used)])
+        ids = rng.integers(0, CONFIG["vocab_size"], len(position))
+        arrays = (ids, position, slot, table, [lengths[s] for s in used], start, start[1:] - 1)
+        found.append(StepInput(*(np.asarray(array).astype(np.int32) for array in arrays)))
+    return found
+
+
+def logits(executor: Executor, seed: int) -> np.ndarray:
+    return np.concatenate([executor.step(step).copy() for step in steps(seed)])
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kv_dtype"),
+    [("f32", "f32"), ("bf16", "bf16"), ("q4", "f16")],  # q4 has a vocabulary of q8
+)
+def test_logits_of_the_cpu(compiled: Compile, quantization: str, kv_dtype: str) -> None:
+    path, seed = compiled(quantization, kv_dtype), np.random.default_rng().integers(1 << 30)
+    cpu, gpu = (logits(load_executor(path, target, num_pages=PAGES).executor, seed) for target in ("cpu", "vulkan"))
+    assert np.abs(gpu - cpu).max() < 2e-3 * np.abs(cpu).max(), f"seed {seed}"
+
+
+def test_a_recorded_step_takes_new_inputs(compiled: Compile) -> None:
+    """The second and third step of one size are the recorded one's."""
+    executor = load_executor(compiled("f32", "f32"), "webgpu", num_pages=PAGES).executor
+    first, again = logits(executor, 1), logits(executor, 1)
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(logits(executor, 2) - first).max() > 1e-2
+
+
+def test_a_tensor_that_no_kernel_can_be_given(compiled: Compile, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = webgpu.WebgpuDevice.__init__
+
+    def small(self: webgpu.WebgpuDevice) -> None:
+        made(self)
+        self.largest_binding = 1 << 16
+
+    monkeypatch.setattr(webgpu.WebgpuDevice, "__init__", small)
+    with pytest.raises(DeviceError, match=r"has \d+ MiB, kernels on .* reach 0 MiB; quantize further"):
+        load_executor(compiled("f32", "f32"), "vulkan", num_pages=PAGES)
