@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlcgen.errors import ArtifactError, DeviceError, TargetError
+from mlcgen.runtime import wgpu_native
 from mlcgen.runtime.device import Address
 
 INSTALL = "pip install 'mlcgen[vulkan]'"
@@ -268,7 +269,7 @@ class WebgpuDevice:
         has_numbers = kinds[-1:] == ["uniform"]
         try:
             layout = self._device.create_bind_group_layout(entries=entries)
-            shader = self._device.create_shader_module(code=text)
+            shader = wgpu_native.unchecked_module(self._device, text)
             pipeline = self._device.create_compute_pipeline(
                 layout=self._device.create_pipeline_layout(bind_group_layouts=[layout]),
                 compute={"module": shader, "entry_point": name},
@@ -313,6 +314,7 @@ class WebgpuDevice:
             self._write(to, array)
         self._commands.append(graph.ready or self._encode(graph.calls, graph.numbers).finish())
         graph.ready, self._replayed = None, graph
+        self._flush()  # the device can begin while the rest of a step is prepared
 
     def _encoded_calls(self) -> Any:
         """An encoder that holds the calls so far."""
@@ -376,16 +378,17 @@ class WebgpuDevice:
         if self._replayed is not None:  # most likely it comes again: while the device is busy, its commands are free
             self._replayed.ready = self._encode(self._replayed.calls, self._replayed.numbers).finish()
             self._replayed = None
-        self._device._poll_wait()
         if not self._downloads:
+            wgpu_native.wait(self._device)
             return
         downloads, self._downloads = self._downloads, []
-        self._staging.map_sync("READ")
-        held = np.frombuffer(self._staging.read_mapped(copy=False), np.uint8)
-        for to, offset in downloads:
-            to.reshape(-1).view(np.uint8)[:] = held[offset : offset + to.nbytes]
-        del held
-        self._staging.unmap()
+        end = downloads[-1][1] + -(-downloads[-1][0].nbytes // 4) * 4
+        try:
+            with wgpu_native.Mapped(self._device, self._staging, end) as held:
+                for to, offset in downloads:
+                    to.reshape(-1).view(np.uint8)[:] = held[offset : offset + to.nbytes]
+        except RuntimeError as error:
+            raise DeviceError(f"{self.name}: {error}") from error
 
     def mark(self, which: int) -> None:
         """Nothing: what is uploaded was read, and all else `synchronize` waits for."""

@@ -1,4 +1,5 @@
 // out (rows) = index of the largest of logits (rows, COLUMNS), the first of equal ones. Grid: (rows).
+{{ HEAD }}
 const COLUMNS = {{ COLUMNS }}u;
 
 var<workgroup> values: array<f32, {{ THREADS }}>;

@@ -27,11 +27,11 @@ from .lookup import pages_param
 HEAD_DIMS = (64, 96, 128, 256)
 THREADS = 128
 COMBINE_THREADS = 64  # one for each vector of 4 of the largest head
-MOST_ROWS = 32  # of a workgroup
-SPAN = 128  # keys that one workgroup decodes with, at least
+DECODE_ROWS = 4  # heads that a workgroup decodes for, at most: a vector's components
+UNSPLIT = 128  # keys that one workgroup decodes with alone: sooner done than a second kernel has begun
+SPAN = 32  # keys of a workgroup where several share a sequence, at least
 WORKGROUPS = 512  # to decode with, about, where sequences are few; where they are many, the longest still gets some
 LEAST_SPLITS = 4
-STAGED_VECTORS = 512  # of values, what 16 KiB have room for beside weights
 HOW = "kernel: targets/webgpu_kernels/attention.py"
 
 
@@ -61,7 +61,7 @@ class _Layer:
     def code(self, dtypes: Sequence[str]) -> Code:
         any_step, decode, split, combine = self._any_step(), self._decode(False), self._decode(True), self._combine()
         variants = (
-            Variant(["and", "is_decode", ["<=", self.longest, SPAN]], (decode[0],)),
+            Variant(["and", "is_decode", ["<=", self.longest, UNSPLIT]], (decode[0],)),
             Variant("is_decode", (split[0], combine[0])),
             Variant(1, (any_step[0],)),
         )
@@ -102,19 +102,25 @@ class _Layer:
         spec = self.spec
         buffers = [*self._inputs(), Buffer("query_start", "i32", tensor(4)), Buffer("out", "vec4<f32>", tensor(6))]
         numbers = {"seqs": int32("seqs"), "blocks": int32("blocks"), "scale": float32(spec.scale)}
-        grid = (spec.num_kv_heads, ["+", ["//", times("n", self.group), MOST_ROWS], "seqs"], 1)
-        return self._attention("any", buffers, grid, numbers, MOST_ROWS, DECODE=False, SPLIT=False)
+        vectors = spec.head_dim // 4
+        rows, chunk = (64, 4) if spec.head_dim <= 128 else (32, 8)  # 16 KiB of workgroup memory
+        staged = chunk * (rows + 1 + 33)
+        values = next(keys for keys in (32, 16, 8, 4) if keys * vectors <= staged)
+        shape = {"ROWS": rows, "CHUNK": chunk, "STAGED": staged, "VALUES": values}
+        grid = (spec.num_kv_heads, ["+", ["//", times("n", self.group), rows], "seqs"], 1)
+        name = self._name("any")
+        return kernel(name, "attention.wgsl", self._values() | shape, buffers, grid, THREADS, numbers)
 
     def _decode(self, is_split: bool) -> tuple[Launch, str]:
         spec = self.spec
-        rows = next(r for r in (4, 8, 16, MOST_ROWS) if r == MOST_ROWS or r >= self.group)
+        rows = min(self.group, DECODE_ROWS)
         out = Buffer("partials", "vec4<f32>", scratch()) if is_split else Buffer("out", "vec4<f32>", tensor(6))
         numbers = {"blocks": int32("blocks"), "scale": float32(spec.scale)}
         if is_split:
             numbers |= {"span": int32(self.span), "splits": int32(self.splits)}
         grid = (spec.num_kv_heads * -(-self.group // rows), self.splits if is_split else 1, "seqs")
-        kind = "split" if is_split else "decode"
-        return self._attention(kind, [*self._inputs(), out], grid, numbers, rows, DECODE=True, SPLIT=is_split)
+        values, name = self._values() | {"ROWS": rows, "SPLIT": is_split}, self._name("split" if is_split else "decode")
+        return kernel(name, "attention_decode.wgsl", values, [*self._inputs(), out], grid, THREADS, numbers)
 
     def _combine(self) -> tuple[Launch, str]:
         spec = self.spec
@@ -130,21 +136,7 @@ class _Layer:
         q, pages = Buffer("q", "vec4<f32>", tensor(0)), Buffer("pages", vector, tensor(1))
         return [q, pages, Buffer("block_table", "i32", tensor(2)), Buffer("seq_lens", "i32", tensor(3))]
 
-    def _attention(
-        self,
-        kind: str,
-        buffers: list[Buffer],
-        grid: tuple[Size, Size, Size],
-        numbers: dict[str, list[Any]],
-        rows: int,
-        **flags: bool,
-    ) -> tuple[Launch, str]:
+    def _values(self) -> dict[str, Any]:
         spec = self.spec
-        vectors = spec.head_dim // 4
-        lanes = next(lanes for lanes in (32, 16, 8) if vectors % lanes == 0 and rows * lanes <= 4 * THREADS)
-        values = next(keys for keys in (32, 16, 8) if keys * vectors <= STAGED_VECTORS)
         sizes = {"KV": spec.num_kv_heads, "GROUP": self.group, "D": spec.head_dim, "PAGE": spec.page_size}
-        shape = {"ROWS": rows, "LANES": lanes, "VALUES": values, "WINDOW": spec.window, "KV_DTYPE": spec.kv_dtype}
-        shape |= {"KEYS_EACH": max(rows // 16, 1), "ROWS_EACH": max(rows * lanes // THREADS, 1)}
-        shape["STAGED"] = max(8 * (rows + 1 + 33), values * vectors)
-        return kernel(self._name(kind), "attention.wgsl", sizes | shape | flags, buffers, grid, THREADS, numbers)
+        return sizes | {"WINDOW": spec.window, "KV_DTYPE": spec.kv_dtype}

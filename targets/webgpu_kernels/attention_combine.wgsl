@@ -1,5 +1,6 @@
 // out (seqs, H, D / 4) vec4 from what the workgroups of a sequence left: partials (seqs, H, splits, D / 4 + 1) vec4.
 // Grid: (H, seqs); an invocation for each vector.
+{{ HEAD }}
 const VECTORS = {{ D // 4 }}u;
 
 {{ ENTRY }} {

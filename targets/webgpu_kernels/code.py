@@ -46,8 +46,9 @@ def kernel(
     block: int,
     numbers: Mapping[str, list[Any]] | None = None,
 ) -> tuple[Launch, str]:
-    """(launch, module). The template sees `values`, THREADS, and ENTRY: the head of the kernel, a function called
-    `name` of a workgroup's place in the grid and an invocation's number in it."""
+    """(launch, module). The template sees `values`, THREADS, HEAD: declarations of its buffers and numbers, and ENTRY:
+    the head of the kernel, a function called `name` of a workgroup's place in the grid and an invocation's number.
+    """
     numbers = numbers or {}
     head = "".join(buffer.declaration(i) for i, buffer in enumerate(buffers))
     if numbers:
@@ -56,8 +57,8 @@ def kernel(
         head += f"@group(0) @binding({len(buffers)}) var<uniform> numbers: Numbers;\n"
     entry = f"@compute @workgroup_size({block})\n"
     entry += f"fn {name}(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32)"
-    text = _templates().get_template(template).render(ENTRY=entry, THREADS=block, **values)
-    return Launch(name, grid, block, (*(b.arg for b in buffers), *numbers.values())), head + text
+    text = _templates().get_template(template).render(HEAD=head, ENTRY=entry, THREADS=block, **values)
+    return Launch(name, grid, block, (*(b.arg for b in buffers), *numbers.values())), text
 
 
 @functools.cache

@@ -1,4 +1,5 @@
 // out (n, K / 4) vec4 = rows `ids` of the table. Grid: (ceil(UNITS / THREADS), n).
+{{ HEAD }}
 % include "weights.wgsl"
 
 {{ ENTRY }} {

@@ -6,6 +6,7 @@ from typing import Any
 
 from mlcgen.errors import UnsupportedError
 from mlcgen.formats import TILE
+from mlcgen.runtime.sizes import Size
 from mlcgen.targets.base import Linear
 from mlcgen.targets.device_kernel import (
     Code,
@@ -25,8 +26,28 @@ from .code import Buffer, identifier, kernel, matrix_buffers, matrix_values, uni
 HOW = "kernel: targets/webgpu_kernels/linear.py"
 FEW_TOKENS = 8  # up to here products are bound by reading the weights
 TOKENS_AT_ONCE = 4  # that share what is read
-TOKEN_TILES = (32, 64)  # of the kernel for many
 NORM_THREADS = 256
+
+
+COLUMNS = 32  # of both operands at a time
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a workgroup makes of a product of many tokens."""
+
+    when: Size  # the first that fits is taken
+    tokens: int
+    quads: int  # of rows
+    tokens_each: int  # of an invocation, for 2 quads
+    is_half: bool = False
+
+
+TILES = (
+    Tile(["<=", "n", 32], 32, 16, 4),
+    Tile("has_f16", 64, 32, 8, is_half=True),
+    Tile(1, 64, 16, 4),
+)
 
 
 def linear(spec: Linear) -> DeviceKernel:
@@ -60,14 +81,11 @@ class _Linear:
         norm = [self._norm()] if self.spec.norm_eps is not None else []
         before = [launch for launch, _ in norm]
         one, few = self._few(1), self._few(TOKENS_AT_ONCE)
-        small, large = (self._many(tokens) for tokens in TOKEN_TILES)
-        variants = [
-            Variant(["<=", "n", 1], (one[0],)),
-            Variant(["<=", "n", FEW_TOKENS], (few[0],)),
-            Variant(["<=", "n", TOKEN_TILES[0]], (*before, small[0])),
-            Variant(1, (*before, large[0])),
-        ]
-        functions = {launch.function: text for launch, text in (*norm, one, few, small, large)}
+        tiles = [tile for tile in TILES if not tile.is_half or self._can_be_half]
+        many = [self._many(tile) for tile in tiles]
+        variants = [Variant(["<=", "n", 1], (one[0],)), Variant(["<=", "n", FEW_TOKENS], (few[0],))]
+        variants += [Variant(tile.when, (*before, launch)) for tile, (launch, _) in zip(tiles, many, strict=True)]
+        functions = {launch.function: text for launch, text in (*norm, one, few, *many)}
         scratch_bytes = times("n", self.spec.in_features * 4) if before else 0
         return Code((), functions, tuple(variants), scratch_bytes)
 
@@ -83,23 +101,32 @@ class _Linear:
         name = self._name(f"linear_{tokens}") + (f"_norm_{identifier(eps)}" if eps is not None else "")
         buffers = [Buffer("x", "vec4<f32>", tensor(0)), *norm, *self._buffers()]
         grid = (-(-self.width // TILE), 1 if tokens == 1 else ceildiv("n", tokens), 1)
-        values = self._values() | {"TOKENS": tokens, "EPS": eps}
+        threads, units = self._few_threads(tokens), self.spec.in_features // unit_columns(self.spec.fmt)
+        unroll = min(4 if tokens == 1 else 2, -(-units // (threads // 4)))
+        values = self._values() | {"TOKENS": tokens, "EPS": eps, "UNROLL": unroll}
         numbers = {"n": int32("n")} if tokens > 1 else {}
-        return kernel(name, "linear_few.wgsl", values, buffers, grid, self._few_threads(tokens), numbers)
+        return kernel(name, "linear_few.wgsl", values, buffers, grid, threads, numbers)
 
     def _few_threads(self, tokens: int) -> int:
-        """As many as have four units each and whose sums workgroup memory has room for."""
-        most = 128 if tokens > 1 and self.spec.gates_result else 256
+        """As many as have four units each and whose sums workgroup memory has room for; a power of four."""
+        most = 64 if tokens > 1 and self.spec.gates_result else 256
         units = self.spec.in_features // unit_columns(self.spec.fmt)
-        return next(t for t in (256, 128, 64, 32) if t == 32 or (t <= most and t <= units))
+        return next(t for t in (256, 64, 16) if t == 16 or (t <= most and t <= units))
 
-    def _many(self, tile: int) -> tuple[Launch, str]:
+    @property
+    def _can_be_half(self) -> bool:
+        """Whether half precision has room for the weights' exponents, and no fewer digits than they have."""
+        return self.spec.fmt.is_grouped or self.spec.fmt.dtype == "float16"
+
+    def _many(self, tile: Tile) -> tuple[Launch, str]:
         has_norm = self.spec.norm_eps is not None
         buffers = [Buffer("x", "vec4<f32>", scratch() if has_norm else tensor(0)), *self._buffers()]
-        grid = (-(-self.spec.out_features // 64), ceildiv("n", tile), 1)
-        values = self._values() | {"TOKENS": tile, "TILE": tile}
-        name = self._name(f"linear_{tile}")
-        return kernel(name, "linear_many.wgsl", values, buffers, grid, tile * 2, {"n": int32("n")})
+        grid = (-(-self.spec.out_features // (4 * tile.quads)), ceildiv("n", tile.tokens), 1)
+        values = self._values() | {"TOKENS": tile.tokens, "TILE": tile.tokens, "TOKENS_EACH": tile.tokens_each}
+        values |= {"QUADS": tile.quads, "COLUMNS": COLUMNS, "HALF": tile.is_half}
+        name = self._name(f"linear_{tile.tokens}" + ("_half" if tile.is_half else ""))
+        threads = tile.quads // 2 * (tile.tokens // tile.tokens_each)
+        return kernel(name, "linear_many.wgsl", values, buffers, grid, threads, {"n": int32("n")})
 
     def _norm(self) -> tuple[Launch, str]:
         """x / rms(x) * norm in scratch memory."""

@@ -5,6 +5,7 @@
 // The norm's factor 1 / rms(x) is that of a whole product, so it comes at the end: squares are summed beside.
 //
 // x (n, K / 4) vec4; norm (K / 4) vec4; out (n, OUT). Grid: (ceil(OUT / 16), ceil(n / TOKENS)).
+{{ HEAD }}
 % include "weights.wgsl"
 
 const LANES = {{ THREADS // 4 }}u;
@@ -13,11 +14,13 @@ const LAST_QUAD = {{ LAST_QUAD }}u;
 % set parts = range(UNIT // 4)
 % set halves = range(2 if GATED else 1)
 
-var<workgroup> sums: array<vec4<f32>, {{ THREADS // 2 * TOKENS * halves | length }}>;
-% if EPS is not none
-var<workgroup> square_sums: array<vec4<f32>, {{ THREADS // 2 }}>;
-% endif
+% set steps = K // UNIT // (UNROLL * (THREADS // 4))
+% set is_even = steps * UNROLL * (THREADS // 4) * UNIT == K
 
+var<workgroup> sums: array<vec4<f32>, {{ THREADS * 3 // 4 * TOKENS * halves | length }}>;
+% if EPS is not none
+var<workgroup> square_sums: array<vec4<f32>, {{ THREADS * 3 // 4 }}>;
+% endif
 
 {{ ENTRY }} {
   let quad0 = min(group.x * 4u + thread % 4u, LAST_QUAD);
@@ -28,61 +31,76 @@ var<workgroup> square_sums: array<vec4<f32>, {{ THREADS // 2 }}>;
   % for t in range(TOKENS)
   let token{{ t }} = {{ "0u" if TOKENS == 1 else "min(group.y * %du + %du, u32(numbers.n) - 1u)" % (TOKENS, t) }};
     % for h in halves
-  var sum{{ t }}{{ h }} = vec4(0.0);
+  var sum{{ t }}{{ h }} = vec4<f32>(0.0);
     % endfor
   % endfor
   % if EPS is not none
-  var squares = vec4(0.0); // of each token
+  var squares = vec4<f32>(0.0); // of each token
   % endif
 
-  for (var unit = lane; unit < UNITS; unit += LANES) {
-  % for h in halves
-    % if fmt.is_grouped
-    let w{{ h }} = unit_of(quad{{ h }}, unit);
-    let s{{ h }} = scale_of(quad{{ h }}, unit);
-    % else
-    let w{{ h }} = weights_of(quad{{ h }}, unit);
-    % endif
-  % endfor
-  % for p in parts
-    let at{{ p }} = unit * {{ UNIT // 4 }}u + {{ p }}u;
-    % if EPS is not none
-    let norm{{ p }} = norm[at{{ p }}];
-    % endif
-  % endfor
-  % for t in range(TOKENS)
-    {
-    % for p in parts
-      % if EPS is not none
-      let x{{ p }}_ = x[token{{ t }} * (K / 4u) + at{{ p }}];
-      squares[{{ t }}] += dot(x{{ p }}_, x{{ p }}_);
-      let x{{ p }} = x{{ p }}_ * norm{{ p }};
-      % else
-      let x{{ p }} = x[token{{ t }} * (K / 4u) + at{{ p }}];
+  // What is stored is asked for before any of it is used.
+  for (var first = lane; first < UNITS; first += {{ UNROLL }}u * LANES) {
+  % for u in range(UNROLL)
+    let unit{{ u }} = {{ "first + %du * LANES" % u if is_even else "min(first + %du * LANES, UNITS - 1u)" % u }};
+    % for h in halves
+    let words{{ u }}{{ h }} = words_of(quad{{ h }}, unit{{ u }});
+      % if fmt.is_grouped
+    let s{{ u }}{{ h }} = scale_of(quad{{ h }}, unit{{ u }});
       % endif
     % endfor
-    % if fmt.is_grouped
-      let total = dot({{ "x0 + x1" if UNIT == 8 else "x0" }}, vec4(1.0));
-    % endif
+  % endfor
+  % for u in range(UNROLL)
+    {
     % for h in halves
+      let w{{ h }} = unit_of(words{{ u }}{{ h }});
+    % endfor
+    % for p in parts
+      let at{{ p }} = unit{{ u }} * {{ UNIT // 4 }}u + {{ p }}u;
+      % if not is_even
+      let is_there{{ p }} = f32(first + {{ u }}u * LANES < UNITS);
+      % endif
+      % if EPS is not none
+      let norm{{ p }} = norm[at{{ p }}];
+      % endif
+    % endfor
+    % for t in range(TOKENS)
       {
-        var products = w{{ h }}[0] * x0[0];
-      % for j in range(1, UNIT)
-        products += w{{ h }}[{{ j }}] * x{{ j // 4 }}[{{ j % 4 }}];
+      % for p in parts
+        let x{{ p }}_ = x[token{{ t }} * (K / 4u) + at{{ p }}]{{ " * is_there%d" % p if not is_even }};
+        % if EPS is not none
+        squares[{{ t }}] += dot(x{{ p }}_, x{{ p }}_);
+        let x{{ p }} = x{{ p }}_ * norm{{ p }};
+        % else
+        let x{{ p }} = x{{ p }}_;
+        % endif
       % endfor
-        sum{{ t }}{{ h }} += {{ "products * s%d.scale + total * s%d.offset" % (h, h) if fmt.is_grouped else "products" }};
+      % if fmt.is_grouped
+        let total = dot({{ "x0 + x1" if UNIT == 8 else "x0" }}, vec4<f32>(1.0));
+      % endif
+      % for h in halves
+        {
+          var products = w{{ h }}[0] * x0[0];
+        % for j in range(1, UNIT)
+          products += w{{ h }}[{{ j }}] * x{{ j // 4 }}[{{ j % 4 }}];
+        % endfor
+        % if fmt.is_grouped
+          products = products * s{{ u }}{{ h }}.scale + total * s{{ u }}{{ h }}.offset;
+        % endif
+          sum{{ t }}{{ h }} += products;
+        }
+      % endfor
       }
     % endfor
     }
   % endfor
   }
 
-  // Invocations of the upper half hand their sums to the lower one, until there is one for each quad.
-  for (var count = {{ THREADS // 2 }}u; count >= 4u; count /= 2u) {
-    if (thread >= count && thread < 2u * count) {
+  // Three quarters of the invocations hand their sums to the first, until there is one for each quad.
+  for (var count = {{ THREADS // 4 }}u; count >= 4u; count /= 4u) {
+    if (thread >= count && thread < 4u * count) {
   % for t in range(TOKENS)
     % for h in halves
-      sums[{{ (t * halves | length + h) * (THREADS // 2) }}u + thread - count] = sum{{ t }}{{ h }};
+      sums[{{ (t * halves | length + h) * (THREADS * 3 // 4) }}u + thread - count] = sum{{ t }}{{ h }};
     % endfor
   % endfor
   % if EPS is not none
@@ -91,14 +109,16 @@ var<workgroup> square_sums: array<vec4<f32>, {{ THREADS // 2 }}>;
     }
     workgroupBarrier();
     if (thread < count) {
+      for (var i = thread; i < 3u * count; i += count) {
   % for t in range(TOKENS)
     % for h in halves
-      sum{{ t }}{{ h }} += sums[{{ (t * halves | length + h) * (THREADS // 2) }}u + thread];
+        sum{{ t }}{{ h }} += sums[{{ (t * halves | length + h) * (THREADS * 3 // 4) }}u + i];
     % endfor
   % endfor
   % if EPS is not none
-      squares += square_sums[thread];
+        squares += square_sums[i];
   % endif
+      }
     }
     workgroupBarrier();
   }

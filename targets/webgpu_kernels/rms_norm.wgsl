@@ -1,4 +1,5 @@
 // out (n, K / 4) vec4 = x / rms(x) * norm. Grid: (n).
+{{ HEAD }}
 const LENGTH = {{ K // 4 }}u;
 
 var<workgroup> squares: array<f32, {{ THREADS }}>;

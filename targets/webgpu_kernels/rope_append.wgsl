@@ -4,6 +4,7 @@
 // indices below count pairs of neighbours. qkv (n, H + 2 KV, D / 2) vec2; cos, sin (n, D / 4) vec2; slots (n),
 // negative: nothing is stored; pages (num_pages, 2, KV, PAGE, D / 2); q (n, H, D / 2) vec2.
 // Grid: (ceil((H + 2 KV) * D / 4 / THREADS), n).
+{{ HEAD }}
 const H = {{ H }}u;
 const KV = {{ KV }}u;
 const PAGE = {{ PAGE }}u;

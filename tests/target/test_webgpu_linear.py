@@ -11,15 +11,15 @@ from mlcgen.targets.base import Linear
 from mlcgen.targets.webgpu_kernels import linear
 
 from .reference import random_weight, rms_norm, silu_mul
-from .webgpu_build import relative_error, run
+from .webgpu_build import has_f16, relative_error, run
 
 EPS = 1e-5
 FORMATS = [F32, F16, BF16, Q8, Q4, grouped(4, 64, has_minimum=True), grouped(8, 16, has_minimum=True)]
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 
 
-def check(spec: Linear, num_tokens: tuple[int, ...]) -> list[str]:
-    """The first function that ran for each number of tokens."""
+def check(spec: Linear, num_tokens: tuple[int, ...], has_f16: int = 0, error: float = 2e-6) -> list[str]:
+    """The last function that ran for each number of tokens."""
     kernel, names = linear(spec), []
     rng = np.random.default_rng([spec.out_features, spec.in_features])
     stored, matrix = random_weight(spec.fmt, spec.out_features, spec.in_features, rng)
@@ -32,12 +32,12 @@ def check(spec: Linear, num_tokens: tuple[int, ...]) -> list[str]:
         out = np.full((n, width), np.nan, np.float32)
         arrays = [x, *([weight] if spec.norm_eps is not None else []), *stored]
         arrays += [*([bias] if spec.has_bias else []), *([residual] if spec.has_residual else []), out]
-        names.append(run(kernel, arrays, {"n": n})[0])
+        names.append(run(kernel, arrays, {"n": n, "has_f16": has_f16})[-1])
         inner = rms_norm(x, weight, EPS) if spec.norm_eps is not None else x
         expected = inner.astype(np.float64) @ matrix.T + (bias if spec.has_bias else 0)
         expected = silu_mul(expected) if spec.gates_result else expected
         expected = expected + residual if spec.has_residual else expected
-        assert relative_error(out, expected) < 2e-6, n
+        assert relative_error(out, expected) < error, n
     return names
 
 
@@ -48,6 +48,21 @@ def test_linear(fmt: WeightFormat) -> None:
     names = check(Linear(fmt, 83, 192, has_bias=True), num_tokens)
     if fmt == Q4:
         assert [name.split("_")[1] for name in names] == ["1", "4", "4", "32", "32", "64", "64"]
+
+
+@pytest.mark.parametrize("fmt", [F16, Q8, Q4, grouped(8, 16, has_minimum=True)], ids=lambda fmt: fmt.name)
+def test_half_precision(fmt: WeightFormat) -> None:
+    """Sums of 32 columns are rounded to 11 bits."""
+    if not has_f16():
+        pytest.skip("this device has no f16")
+    names = check(Linear(fmt, 168, 224, has_bias=True, gates_result=True), (33, 64, 130), 1, 2e-3)
+    assert all(name.startswith("linear_64_half_") for name in names)
+    check(Linear(fmt, 83, 192, norm_eps=EPS, has_residual=True), (40, 70), 1, 2e-3)
+
+
+def test_bfloat16_stays_in_single_precision() -> None:
+    """Half precision has no room for its exponents."""
+    assert check(Linear(BF16, 16, 64), (40, 130), 1) == ["linear_64_bf16_16x64"] * 2
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ def _find_device() -> tuple[Any, str]:
         import wgpu
 
         adapter = wgpu.gpu.request_adapter_sync(power_preference="high-performance")
-        return adapter.request_device_sync(required_limits=DEFAULT_LIMITS), ""
+        features = ["shader-f16"] if "shader-f16" in adapter.features else []
+        return adapter.request_device_sync(required_features=features, required_limits=DEFAULT_LIMITS), ""
     except ImportError:
         return None, "wgpu is not installed"
     except RuntimeError as error:
@@ -52,11 +53,16 @@ def _pipeline(text: str, name: str) -> Any:
     return device.create_compute_pipeline(layout="auto", compute={"module": module, "entry_point": name})
 
 
+def has_f16() -> bool:
+    return "shader-f16" in _device().features
+
+
 def run(kernel: DeviceKernel, arrays: Sequence[np.ndarray], symbols: Mapping[str, int]) -> list[str]:
     """Launch a kernel on its arguments, outputs included; returns the names of the functions that ran."""
     device = _device()
     import wgpu
 
+    symbols = {"has_f16": 0, **symbols}
     code = _generated(kernel)
     variant = next(v for v in code.variants if evaluate(v.when, symbols))
     usage = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_SRC
