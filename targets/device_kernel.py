@@ -34,6 +34,11 @@ def tensor(index: int) -> list[Any]:
     return ["tensor", index]
 
 
+def part(index: int, offset: int, num_bytes: int) -> list[Any]:
+    """The address `offset` bytes behind that of the call's argument `index`; the kernel reads `num_bytes` there."""
+    return ["part", [index, offset, num_bytes]]
+
+
 def scratch(offset: Size = 0) -> list[Any]:
     """An address in memory that one call uses and leaves as it may; the largest call's need is what is set aside."""
     return ["scratch", offset]

@@ -130,10 +130,12 @@ def _on_webgpu(
     addresses = device_weights.upload_weights(
         device, plan["weights"], weights or device_weights.Random(plan["weights"])
     )
+    most = device.largest_binding // (page_bytes(manifest["kv"]) // plan["pages"]["layers"])
     if num_pages is None:
-        layer = page_bytes(manifest["kv"]) // plan["pages"]["layers"]
-        most = min(WEBGPU_KV_BYTES // page_bytes(manifest["kv"]), device.largest_binding // layer)
-        num_pages = max(1, min(most, useful_pages(manifest, max_batch)))
+        affordable = min(WEBGPU_KV_BYTES // page_bytes(manifest["kv"]), useful_pages(manifest, max_batch))
+        num_pages = max(1, min(most, affordable))
+    if num_pages > most:
+        raise DeviceError(f"{num_pages} pages are more than the {most} that kernels on {device.name} reach; lower them")
     return PlanExecutor(device, plan, manifest, addresses, num_pages)
 
 
@@ -146,17 +148,15 @@ def _plan(file: Path, manifest: Mapping[str, Any], weights: Mapping[str, Any] | 
 
 
 def _check_bindings(plan: Mapping[str, Any], device: Device) -> None:
-    """Raises DeviceError for a tensor that no kernel can be given; the logits' rows are as many as fit."""
-    from mlcgen.runtime.plan import ITEM_BYTES
+    """Raises DeviceError for a tensor that the device's kernels cannot be given."""
+    from mlcgen.runtime.plan import bound_bytes
 
-    output = plan["tensors"][plan["output"]]["storage"]
-    sizes = {f"intermediate {i}": size for i, size in enumerate(plan["storages"]) if i != output}
-    sizes |= {"kernels' scratch memory": plan["scratch"]}
-    sizes |= {name: prod(spec["shape"]) * ITEM_BYTES[spec["dtype"]] for name, spec in plan["weights"].items()}
-    for name, size in sizes.items():
-        if size > device.largest_binding:
+    for name, num_bytes in bound_bytes(plan):
+        if num_bytes > device.largest_binding:
             has = f"kernels on {device.name} reach {device.largest_binding / 2**20:.0f} MiB"
-            raise DeviceError(f"{name} has {size / 2**20:.0f} MiB, {has}; quantize further (-q), or use another target")
+            raise DeviceError(
+                f"{name[:80]} has {num_bytes / 2**20:.0f} MiB, {has}; quantize further (-q), or use another target"
+            )
 
 
 def _batch(manifest: Mapping[str, Any], wanted: int | None) -> int:

@@ -4,7 +4,7 @@ import base64
 import binascii
 import json
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,27 @@ def check_fit(plan: Mapping[str, Any], manifest: Mapping[str, Any], weights: Map
 def function_names(plan: Mapping[str, Any]) -> list[str]:
     """Each function that the plan launches."""
     return sorted({str(launch["function"]) for kernel in plan["kernels"] for launch in _launches(plan, kernel)})
+
+
+def bound_bytes(plan: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """(name, bytes) of what kernels are given at once, but for the logits, whose rows can be fewer."""
+    output = plan["tensors"][plan["output"]]["storage"]
+    yield "kernels' scratch memory", plan["scratch"]
+    yield from (("an intermediate result", size) for i, size in enumerate(plan["storages"]) if i != output)
+    for kernel, tensors, _ in plan["steps"]:
+        for launch in _launches(plan, kernel):
+            yield from _bound_weights(plan, launch["args"], tensors)
+
+
+def _bound_weights(plan: Mapping[str, Any], args: Sequence[Any], tensors: Sequence[int]) -> Iterator[tuple[str, int]]:
+    for kind, value in args:
+        if kind not in ("tensor", "part"):
+            continue
+        tensor = plan["tensors"][tensors[value if kind == "tensor" else value[0]]]
+        if tensor["kind"] == "weights":
+            spec = plan["weights"][tensor["name"]]
+            whole = prod(spec["shape"]) * ITEM_BYTES[spec["dtype"]]
+            yield tensor["name"], whole if kind == "tensor" else value[2]
 
 
 def _refuse(constant: str) -> float:
@@ -177,7 +198,11 @@ def _is_base64(value: Any) -> bool:
 
 _SIZE = (_is_size, "size")
 _BASE64 = (_is_base64, "base64 of anything")
-_ADDRESSES = {"tensor": _Items(str, _INDEX), "scratch": _Items(str, _SIZE)}
+_ADDRESSES = {
+    "tensor": _Items(str, _INDEX),
+    "part": _Items(str, _Items(_INDEX, _BYTES, _BYTES)),
+    "scratch": _Items(str, _SIZE),
+}
 _MAP = {
     "of": _Kinds(0, _ADDRESSES),
     "dtype": MAP_DTYPES,
@@ -289,7 +314,9 @@ class _Kernel:
         arguments = [arg for launch in launches for arg in launch["args"]]
         self.maps = [value for kind, value in arguments if kind == "map"]
         addresses = [*arguments, *(each["of"] for each in self.maps)]
-        self.num_tensors = 1 + max((value for kind, value in addresses if kind == "tensor"), default=-1)
+        tensors = [value for kind, value in addresses if kind == "tensor"]
+        tensors += [value[0] for kind, value in addresses if kind == "part"]
+        self.num_tensors = 1 + max(tensors, default=-1)
         self.scratch = [value for kind, value in addresses if kind == "scratch"]
         sizes = [*(v["when"] for v in plan["kernels"][name]), *(launch["shared"] for launch in launches)]
         sizes += [size for launch in launches for size in launch["grid"]] + self.scratch

@@ -224,6 +224,8 @@ class PlanExecutor:
         kind, value = arg
         if kind == "tensor":
             return self._tensor_address(step, tensors[value])
+        if kind == "part":
+            return self._tensor_address(step, tensors[value[0]]) + int(value[1])
         if kind == "scratch":
             return self._scratch + evaluate(value, symbols)
         return self._counters if kind == "counters" else 0

@@ -7,14 +7,16 @@ compilers of WGSL bound loops by counters of their own, after which a driver may
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 
-from mlcgen.formats import WeightFormat
+from mlcgen.formats import TILE, WeightFormat
 from mlcgen.runtime.sizes import Size
-from mlcgen.targets.device_kernel import Launch, tensor
+from mlcgen.targets.device_kernel import Launch, int32, part, tensor
 
 NUMBER_TYPES = {"int32": "i32", "float32": "f32"}
 
@@ -72,11 +74,48 @@ def _templates() -> jinja2.Environment:
     )
 
 
-def matrix_buffers(fmt: WeightFormat, params: Sequence[str]) -> list[Buffer]:
-    """Those of a stored matrix, by quads of rows: weights.wgsl reads them. params: names of the call's arguments."""
+MOST_BYTES = 128 << 20  # of a buffer that a kernel is given: WebGPU promises no more
+ALIGNED_TILES = 8  # so many tiles of any format fill a multiple of 256 bytes, at which buffers must begin
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Of a stored matrix, those that one launch takes: first .. end - 1, whole tiles but for the last."""
+
+    first: int
+    end: int
+
+    @property
+    def count(self) -> int:
+        return self.end - self.first
+
+    @property
+    def numbers(self) -> dict[str, list[Any]]:
+        return {"first_row": int32(self.first), "end_row": int32(self.end)}
+
+
+def split_rows(fmt: WeightFormat, rows: int, columns: int) -> list[Rows]:
+    """So that no buffer is larger than MOST_BYTES, where one would be."""
+    tile_bytes = max(prod(shape) * np.dtype(dtype).itemsize for _, shape, dtype in fmt.parts(TILE, columns))
+    if -(-rows // TILE) * tile_bytes <= MOST_BYTES:
+        return [Rows(0, rows)]
+    each = max(MOST_BYTES // tile_bytes // ALIGNED_TILES, 1) * ALIGNED_TILES * TILE
+    return [Rows(first, min(first + each, rows)) for first in range(0, rows, each)]
+
+
+def matrix_buffers(fmt: WeightFormat, columns: int, params: Sequence[str], rows: Rows | None) -> list[Buffer]:
+    """Those of a stored matrix, by quads of rows: weights.wgsl reads them. rows: None for all of them.
+
+    params: names of the call's arguments."""
     word = {32: "vec4<f32>", 16: "vec2<u32>"}.get(fmt.bits, "vec4<u32>")
-    names = [name for name, _, _ in fmt.parts(16, 64)]
-    return [Buffer(p, word if p == "w" else "vec2<u32>", tensor(params.index(p)), is_weight=True) for p in names]
+    found = []
+    for name, (_, *tile), dtype in fmt.parts(TILE, columns):
+        index, tile_bytes = params.index(name), prod(tile) * np.dtype(dtype).itemsize
+        arg = tensor(index)
+        if rows is not None:
+            arg = part(index, rows.first // TILE * tile_bytes, -(-rows.count // TILE) * tile_bytes)
+        found.append(Buffer(name, word if name == "w" else "vec2<u32>", arg, is_weight=True))
+    return found
 
 
 def unit_columns(fmt: WeightFormat) -> int:

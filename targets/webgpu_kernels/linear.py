@@ -21,7 +21,7 @@ from mlcgen.targets.device_kernel import (
     times,
 )
 
-from .code import Buffer, identifier, kernel, matrix_buffers, matrix_values, unit_columns
+from .code import Buffer, Rows, identifier, kernel, matrix_buffers, matrix_values, split_rows, unit_columns
 
 HOW = "kernel: targets/webgpu_kernels/linear.py"
 FEW_TOKENS = 8  # up to here products are bound by reading the weights
@@ -83,9 +83,9 @@ class _Linear:
         one, few = self._few(1), self._few(TOKENS_AT_ONCE)
         tiles = [tile for tile in TILES if not tile.is_half or self._can_be_half]
         many = [self._many(tile) for tile in tiles]
-        variants = [Variant(["<=", "n", 1], (one[0],)), Variant(["<=", "n", FEW_TOKENS], (few[0],))]
-        variants += [Variant(tile.when, (*before, launch)) for tile, (launch, _) in zip(tiles, many, strict=True)]
-        functions = {launch.function: text for launch, text in (*norm, one, few, *many)}
+        variants = [Variant(["<=", "n", 1], _launches(one)), Variant(["<=", "n", FEW_TOKENS], _launches(few))]
+        variants += [Variant(tile.when, (*before, *_launches(each))) for tile, each in zip(tiles, many, strict=True)]
+        functions = {launch.function: text for launch, text in (*norm, *one, *few, *(m for each in many for m in each))}
         scratch_bytes = times("n", self.spec.in_features * 4) if before else 0
         return Code((), functions, tuple(variants), scratch_bytes)
 
@@ -95,16 +95,25 @@ class _Linear:
         words = [kind, spec.fmt.name, f"{spec.out_features}x{spec.in_features}", *(w for w, on in flags.items() if on)]
         return "_".join(words)
 
-    def _few(self, tokens: int) -> tuple[Launch, str]:
+    @property
+    def _parts(self) -> list[Rows | None]:
+        """Rows of the launches that make the product together. SwiGLU's would need twice as many buffers."""
+        parts = split_rows(self.spec.fmt, self.spec.out_features, self.spec.in_features)
+        return [None] if len(parts) == 1 or self.spec.gates_result else [*parts]
+
+    def _few(self, tokens: int) -> list[tuple[Launch, str]]:
+        return [self._few_of(tokens, rows) for rows in self._parts]
+
+    def _few_of(self, tokens: int, rows: Rows | None) -> tuple[Launch, str]:
         eps = self.spec.norm_eps
         norm = [Buffer("norm", "vec4<f32>", self._arg("norm"), is_weight=True)] if eps is not None else []
         name = self._name(f"linear_{tokens}") + (f"_norm_{identifier(eps)}" if eps is not None else "")
-        buffers = [Buffer("x", "vec4<f32>", tensor(0)), *norm, *self._buffers()]
-        grid = (-(-self.width // TILE), 1 if tokens == 1 else ceildiv("n", tokens), 1)
+        buffers = [Buffer("x", "vec4<f32>", tensor(0)), *norm, *self._buffers(rows)]
+        grid = (-(-(rows.count if rows else self.width) // TILE), 1 if tokens == 1 else ceildiv("n", tokens), 1)
         threads, units = self._few_threads(tokens), self.spec.in_features // unit_columns(self.spec.fmt)
         unroll = min(4 if tokens == 1 else 2, -(-units // (threads // 4)))
-        values = self._values() | {"TOKENS": tokens, "EPS": eps, "UNROLL": unroll}
-        numbers = {"n": int32("n")} if tokens > 1 else {}
+        values = self._values(rows) | {"TOKENS": tokens, "EPS": eps, "UNROLL": unroll}
+        numbers = ({"n": int32("n")} if tokens > 1 else {}) | (rows.numbers if rows else {})
         return kernel(name, "linear_few.wgsl", values, buffers, grid, threads, numbers)
 
     def _few_threads(self, tokens: int) -> int:
@@ -118,15 +127,19 @@ class _Linear:
         """Whether half precision has room for the weights' exponents, and no fewer digits than they have."""
         return self.spec.fmt.is_grouped or self.spec.fmt.dtype == "float16"
 
-    def _many(self, tile: Tile) -> tuple[Launch, str]:
+    def _many(self, tile: Tile) -> list[tuple[Launch, str]]:
+        return [self._many_of(tile, rows) for rows in self._parts]
+
+    def _many_of(self, tile: Tile, rows: Rows | None) -> tuple[Launch, str]:
         has_norm = self.spec.norm_eps is not None
-        buffers = [Buffer("x", "vec4<f32>", scratch() if has_norm else tensor(0)), *self._buffers()]
-        grid = (-(-self.spec.out_features // (4 * tile.quads)), ceildiv("n", tile.tokens), 1)
-        values = self._values() | {"TOKENS": tile.tokens, "TILE": tile.tokens, "TOKENS_EACH": tile.tokens_each}
+        buffers = [Buffer("x", "vec4<f32>", scratch() if has_norm else tensor(0)), *self._buffers(rows)]
+        grid = (-(-(rows.count if rows else self.spec.out_features) // (4 * tile.quads)), ceildiv("n", tile.tokens), 1)
+        values = self._values(rows) | {"TOKENS": tile.tokens, "TILE": tile.tokens, "TOKENS_EACH": tile.tokens_each}
         values |= {"QUADS": tile.quads, "COLUMNS": COLUMNS, "HALF": tile.is_half}
         name = self._name(f"linear_{tile.tokens}" + ("_half" if tile.is_half else ""))
         threads = tile.quads // 2 * (tile.tokens // tile.tokens_each)
-        return kernel(name, "linear_many.wgsl", values, buffers, grid, threads, {"n": int32("n")})
+        numbers = {"n": int32("n")} | (rows.numbers if rows else {})
+        return kernel(name, "linear_many.wgsl", values, buffers, grid, threads, numbers)
 
     def _norm(self) -> tuple[Launch, str]:
         """x / rms(x) * norm in scratch memory."""
@@ -137,21 +150,27 @@ class _Linear:
         name = f"rms_norm_{k}_{identifier(eps)}"
         return kernel(name, "rms_norm.wgsl", {"K": k, "EPS": eps}, buffers, ("n", 1, 1), NORM_THREADS)
 
-    def _buffers(self) -> list[Buffer]:
+    def _buffers(self, rows: Rows | None) -> list[Buffer]:
         """After x and the norm."""
-        buffers = matrix_buffers(self.spec.fmt, self.params)
+        buffers = matrix_buffers(self.spec.fmt, self.spec.in_features, self.params, rows)
         if self.spec.has_bias:
             buffers.append(Buffer("bias", "f32", self._arg("bias"), is_weight=True))
         if self.spec.has_residual:
             buffers.append(Buffer("residual", "f32", self._arg("residual")))
         return [*buffers, Buffer("out", "f32", self._arg("out"))]
 
-    def _values(self) -> dict[str, Any]:
+    def _values(self, rows: Rows | None) -> dict[str, Any]:
         spec = self.spec
         around = {"GATED": spec.gates_result, "HAS_BIAS": spec.has_bias, "HAS_RESIDUAL": spec.has_residual}
-        last_quad = -(-spec.out_features // TILE) * 4 - 1
-        sizes = {"OUT": self.width, "LAST_QUAD": last_quad}
+        last_quad = f"{-(-spec.out_features // TILE) * 4 - 1}u"
+        if rows:
+            last_quad = "u32(numbers.end_row - numbers.first_row - 1) / 4u"
+        sizes = {"OUT": self.width, "LAST_QUAD": last_quad, "SPLIT": rows is not None}
         return matrix_values(spec.fmt, spec.in_features) | around | sizes
 
     def _arg(self, name: str) -> list[Any]:
         return tensor(self.params.index(name))
+
+
+def _launches(kernels: Sequence[tuple[Launch, str]]) -> tuple[Launch, ...]:
+    return tuple(launch for launch, _ in kernels)

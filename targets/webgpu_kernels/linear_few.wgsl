@@ -10,7 +10,6 @@
 
 const LANES = {{ THREADS // 4 }}u;
 const OUT = {{ OUT }}u;
-const LAST_QUAD = {{ LAST_QUAD }}u;
 % set parts = range(UNIT // 4)
 % set halves = range(2 if GATED else 1)
 
@@ -23,9 +22,9 @@ var<workgroup> square_sums: array<vec4<f32>, {{ THREADS * 3 // 4 }}>;
 % endif
 
 {{ ENTRY }} {
-  let quad0 = min(group.x * 4u + thread % 4u, LAST_QUAD);
+  let quad0 = min(group.x * 4u + thread % 4u, {{ LAST_QUAD }});
   % if GATED
-  let quad1 = min(quad0 + OUT / 4u, LAST_QUAD);
+  let quad1 = min(quad0 + OUT / 4u, {{ LAST_QUAD }});
   % endif
   let lane = thread / 4u;
   % for t in range(TOKENS)

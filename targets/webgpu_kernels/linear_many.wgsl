@@ -14,7 +14,6 @@ enable f16;
 % include "weights.wgsl"
 
 const OUT = {{ OUT }}u;
-const LAST_QUAD = {{ LAST_QUAD }}u;
 const TILE = {{ TILE }}u;
 const QUADS = {{ QUADS }}u;
 const COLUMNS = {{ COLUMNS }}u;
@@ -25,9 +24,9 @@ var<workgroup> x_tile: array<vec4<{{ F }}>, COLUMNS / 4u * TILE>; // (COLUMNS / 
 
 fn quad_at(group: u32, local: u32) -> u32 {
   % if GATED
-  return min(group * (QUADS / 2u) + local % (QUADS / 2u) + local / (QUADS / 2u) * (OUT / 4u), LAST_QUAD);
+  return min(group * (QUADS / 2u) + local % (QUADS / 2u) + local / (QUADS / 2u) * (OUT / 4u), {{ LAST_QUAD }});
   % else
-  return min(group * QUADS + local, LAST_QUAD);
+  return min(group * QUADS + local, {{ LAST_QUAD }});
   % endif
 }
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from mlcgen.formats import WeightFormat
 from mlcgen.targets.device_kernel import Code, DeviceKernel, Param, Variant, tensor
 
-from .code import Buffer, kernel, matrix_buffers, matrix_values
+from .code import Buffer, kernel, matrix_buffers, matrix_values, split_rows
 
 THREADS = 128
 HOW = "kernel: targets/webgpu_kernels/lookup.py"
@@ -17,13 +17,18 @@ def embedding(fmt: WeightFormat, vocab: int, hidden: int) -> DeviceKernel:
     params = (Param("ids", ("n",), "int32"), *parts, Param("out", ("n", hidden), "float32"))
 
     def code(dtypes: Sequence[str]) -> Code:
-        table = matrix_buffers(fmt, [p.name for p in params])
-        buffers = [Buffer("ids", "i32", tensor(0)), *table, Buffer("out", "vec4<f32>", tensor(len(params) - 1))]
-        values = matrix_values(fmt, hidden)
+        parts = split_rows(fmt, vocab, hidden)
+        values = matrix_values(fmt, hidden) | {"SPLIT": len(parts) > 1}
         grid = (-(-hidden // (values["UNIT"] * THREADS)), "n", 1)
-        name = f"embedding_{fmt.name}_{hidden}"
-        launch, text = kernel(name, "embedding.wgsl", values, buffers, grid, THREADS)
-        return Code((), {name: text}, (Variant(1, (launch,)),))
+        name = f"embedding_{fmt.name}_{hidden}" + ("_split" if len(parts) > 1 else "")
+        launches = []
+        for rows in parts if len(parts) > 1 else [None]:
+            table = matrix_buffers(fmt, hidden, [p.name for p in params], rows)
+            buffers = [Buffer("ids", "i32", tensor(0)), *table, Buffer("out", "vec4<f32>", tensor(len(params) - 1))]
+            numbers = rows.numbers if rows else None
+            launch, text = kernel(name, "embedding.wgsl", values, buffers, grid, THREADS, numbers)
+            launches.append(launch)
+        return Code((), {name: text}, (Variant(1, tuple(launches)),))
 
     return DeviceKernel(f"embedding_{fmt.name}", params, code, HOW)
 

@@ -107,3 +107,8 @@ def test_a_tensor_that_no_kernel_can_be_given(compiled: Compile, monkeypatch: py
     monkeypatch.setattr(webgpu.WebgpuDevice, "__init__", small)
     with pytest.raises(DeviceError, match=r"has \d+ MiB, kernels on .* reach 0 MiB; quantize further"):
         load_executor(compiled("f32", "f32"), "vulkan", num_pages=PAGES)
+
+
+def test_more_pages_than_kernels_reach(compiled: Compile) -> None:
+    with pytest.raises(DeviceError, match=r"1000000000 pages are more than the \d+ that kernels on"):
+        load_executor(compiled("f32", "f32"), "vulkan", num_pages=10**9)

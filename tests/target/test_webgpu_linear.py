@@ -8,7 +8,7 @@ import pytest
 from mlcgen.errors import UnsupportedError
 from mlcgen.formats import BF16, F16, F32, Q4, Q8, WeightFormat, grouped
 from mlcgen.targets.base import Linear
-from mlcgen.targets.webgpu_kernels import linear
+from mlcgen.targets.webgpu_kernels import code, linear
 
 from .reference import random_weight, rms_norm, silu_mul
 from .webgpu_build import has_f16, relative_error, run
@@ -58,6 +58,18 @@ def test_half_precision(fmt: WeightFormat) -> None:
     names = check(Linear(fmt, 168, 224, has_bias=True, gates_result=True), (33, 64, 130), 1, 2e-3)
     assert all(name.startswith("linear_64_half_") for name in names)
     check(Linear(fmt, 83, 192, norm_eps=EPS, has_residual=True), (40, 70), 1, 2e-3)
+
+
+@pytest.mark.parametrize("fmt", [BF16, Q4], ids=lambda fmt: fmt.name)
+def test_more_rows_than_a_buffer_may_hold(fmt: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches of 128 rows and fewer make the product together."""
+    spec = Linear(fmt, 403, 224, norm_eps=EPS, has_bias=True, has_residual=True)
+    monkeypatch.setattr(code, "MOST_BYTES", 140 * 224 * fmt.bits // 8)
+    names = check(spec, (1, 5, 20, 70))
+    kernel = linear(spec).generate([])
+    assert [len(variant.launches) for variant in kernel.variants[:3]] == [4, 4, 5]  # the last one's norm comes first
+    assert len(set(names)) == 4
+    assert len(linear(replace(spec, out_features=416, gates_result=True)).generate([]).variants[0].launches) == 1
 
 
 def test_bfloat16_stays_in_single_precision() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlcgen.formats import BF16, F16, F32, Q4, Q8, WeightFormat, grouped
-from mlcgen.targets.webgpu_kernels import argmax, embedding, rope_append
+from mlcgen.targets.webgpu_kernels import argmax, code, embedding, rope_append
 
 from .reference import from_storage, random_weight, rotate, to_storage
 from .webgpu_build import run
@@ -24,6 +24,15 @@ def test_embedding(fmt: WeightFormat) -> None:
     ids = np.array([0, 36, 16, 15, 36, 7], np.int32)
     out = np.full((len(ids), 1216), np.nan, np.float32)
     run(embedding(fmt, 37, 1216), [ids, *stored, out], {"n": len(ids)})
+    np.testing.assert_allclose(out, matrix[ids], rtol=1e-6, atol=1e-6)
+
+
+def test_embedding_of_more_rows_than_a_buffer_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, matrix = random_weight(Q8, 300, 96, np.random.default_rng(1))
+    monkeypatch.setattr(code, "MOST_BYTES", 130 * 96)
+    ids = np.array([0, 299, 127, 128, 255, 256, 128], np.int32)
+    out = np.full((len(ids), 96), np.nan, np.float32)
+    assert len(run(embedding(Q8, 300, 96), [ids, *stored, out], {"n": len(ids)})) == 3
     np.testing.assert_allclose(out, matrix[ids], rtol=1e-6, atol=1e-6)
 
 

@@ -10,7 +10,7 @@ import pytest
 from mlcgen.runtime.sizes import evaluate
 from mlcgen.targets.device_kernel import Code, DeviceKernel, Launch
 
-BUFFERS = ("tensor", "scratch")  # kinds of arguments; no kernel here has counters
+BUFFERS = ("tensor", "part", "scratch")  # kinds of arguments; no kernel here has counters
 # What WebGPU promises of every device: with these, modules that need more are refused.
 DEFAULT_LIMITS = {
     "max-storage-buffers-per-shader-stage": 8,
@@ -72,11 +72,9 @@ def run(kernel: DeviceKernel, arrays: Sequence[np.ndarray], symbols: Mapping[str
     encoder = device.create_command_encoder()
     for launch in variant.launches:
         pipeline = _pipeline(code.functions[launch.function], launch.function)
-        buffers = [tensors[value] if kind == "tensor" else scratch for kind, value in launch.args if kind in BUFFERS]
-        buffers += _numbers(device, launch, symbols)
-        entries = [
-            {"binding": i, "resource": {"buffer": b, "offset": 0, "size": b.size}} for i, b in enumerate(buffers)
-        ]
+        resources = [_resource(arg, tensors, scratch) for arg in launch.args if arg[0] in BUFFERS]
+        resources += [{"buffer": b, "offset": 0, "size": b.size} for b in _numbers(device, launch, symbols)]
+        entries = [{"binding": i, "resource": resource} for i, resource in enumerate(resources)]
         group = device.create_bind_group(layout=pipeline.get_bind_group_layout(0), entries=entries)
         grid = [evaluate(size, symbols) for size in launch.grid]
         assert max(grid) <= 65535, launch.function
@@ -89,6 +87,16 @@ def run(kernel: DeviceKernel, arrays: Sequence[np.ndarray], symbols: Mapping[str
     for array, buffer in zip(arrays, tensors, strict=True):
         _read(buffer, array)
     return [launch.function for launch in variant.launches]
+
+
+def _resource(arg: Sequence[Any], tensors: Sequence[Any], scratch: Any) -> dict[str, Any]:
+    kind, value = arg
+    if kind == "part":
+        index, offset, size = value
+        assert offset + size <= tensors[index].size - 4 * GUARD
+        return {"buffer": tensors[index], "offset": offset, "size": size}
+    buffer = tensors[value] if kind == "tensor" else scratch
+    return {"buffer": buffer, "offset": 0, "size": buffer.size}
 
 
 def _guarded(array: np.ndarray) -> np.ndarray:
