@@ -48,6 +48,17 @@ def usage_error(error: Any) -> int:
     return 2
 
 
+def chosen_target(path: Path) -> None:
+    """Of an artifact with several targets: which `auto` takes, and why not the others."""
+    from mlcgen.artifact import read_manifest
+    from mlcgen.runtime.target_choice import choose_target, not_taken
+
+    entries = read_manifest(path)["targets"]
+    taken = choose_target(entries, "auto")["name"]
+    if reasons := not_taken(entries, taken):
+        log(f"target {taken}; not " + "; not ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+
+
 def notice_interrupts() -> None:
     """Ctrl-C raises KeyboardInterrupt as ever, and is remembered in `settings`."""
     settings.interrupted = False

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlcgen import nvrtc
 from mlcgen.errors import CompileError
-from mlcgen.runtime import cuda, webgpu
+from mlcgen.runtime import cuda, hip, metal, webgpu
 from mlcgen.runtime.cpu import host_cpu_name, host_features
 
 __all__ = ["Device", "devices"]
@@ -36,12 +36,9 @@ class Device:
         return asdict(self)
 
 
-ABSENT = ("rocm", "metal")  # target kinds that users may look for
-
-
 def devices() -> list[Device]:
     """One entry per kind of target."""
-    return [_cpu(), _cuda(), _vulkan(), *(_absent(kind) for kind in ABSENT)]
+    return [_cpu(), _cuda(), _vulkan(), _rocm(), _metal()]
 
 
 # The CPU
@@ -147,11 +144,26 @@ def _vulkan() -> Device:
     return Device("vulkan", adapter.name, not to_compile, True, list(adapter.features), to_compile, driver=driver)
 
 
-# Others
+def _rocm() -> Device:
+    to_compile = _missing_compiler()
+    if not _installed("ziglang"):
+        to_compile.append(Missing("a compiler for AMD's GPUs", "pip install 'mlcgen[cross]'"))
+    reason = hip.missing()
+    if reason:
+        remedy = "install AMD's driver and HIP runtime, on Debian libamdhip64"
+        return Device("rocm", "", not to_compile, False, [], [Missing(reason, remedy), *to_compile])
+    device = hip.HipDevice()
+    features = [hip.architecture() or ""]
+    return Device("rocm", device.name, not to_compile, True, features, to_compile, device.memory()[1])
 
 
-def _absent(kind: str) -> Device:
-    return Device(kind, "", False, False, [], [Missing(f"a {kind} target in this version of mlcgen", "use -t cpu")])
+def _metal() -> Device:
+    to_compile, reason = _missing_compiler(), metal.missing()
+    if reason:
+        remedy = f"use a Mac, with {metal.INSTALL}"
+        return Device("metal", "", not to_compile, False, [], [Missing(reason, remedy), *to_compile])
+    device = metal.MetalDevice()
+    return Device("metal", device.name, not to_compile, True, [], to_compile, device.memory()[1])
 
 
 def _missing_compiler() -> list[Missing]:

@@ -39,7 +39,14 @@ def _kernels() -> "WebgpuKernels":
 
 
 class WebgpuKernels(KeyedKernels):
-    """The Kernels in WGSL: templates in webgpu_kernels/, put together per model."""
+    """The Kernels in WGSL: templates in webgpu_kernels/, put together per model.
+
+    can_be_half: also those in half precision, which a device takes where it has it.
+    """
+
+    def __init__(self, can_be_half: bool = True) -> None:
+        super().__init__()
+        self.can_be_half = can_be_half
 
     def generate(self, functions: Mapping[str, Any]) -> dict[str, Code]:
         return webgpu_codegen.generate(functions)
@@ -50,7 +57,7 @@ class WebgpuKernels(KeyedKernels):
     # Every layer asks for the same kernels.
     @functools.cache  # noqa: B019  (targets are few and live as long as the process)
     def linear(self, spec: Linear) -> Any:
-        return self.placeholder(webgpu_kernels.linear(spec))
+        return self.placeholder(webgpu_kernels.linear(spec, self.can_be_half))
 
     @functools.cache  # noqa: B019
     def embedding(self, fmt: WeightFormat, vocab: int, hidden: int) -> Any:

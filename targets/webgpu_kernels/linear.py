@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlcgen.errors import UnsupportedError
-from mlcgen.formats import TILE
+from mlcgen.formats import TILE, WeightFormat
 from mlcgen.runtime.sizes import Size
 from mlcgen.targets.base import Linear
 from mlcgen.targets.device_kernel import (
@@ -24,12 +24,10 @@ from mlcgen.targets.device_kernel import (
 from .code import Buffer, Rows, identifier, kernel, matrix_buffers, matrix_values, split_rows, unit_columns
 
 HOW = "kernel: targets/webgpu_kernels/linear.py"
-FEW_TOKENS = 8  # up to here products are bound by reading the weights
+FEW_TOKENS = 32  # up to here rows are too few to fill a GPU with tiles of tokens
 TOKENS_AT_ONCE = 4  # that share what is read
+COLUMNS = 32  # of both operands at a time where tokens are many
 NORM_THREADS = 256
-
-
-COLUMNS = 32  # of both operands at a time
 
 
 @dataclass(frozen=True)
@@ -44,13 +42,13 @@ class Tile:
 
 
 TILES = (
-    Tile(["<=", "n", 32], 32, 16, 4),
     Tile("has_f16", 64, 32, 8, is_half=True),
     Tile(1, 64, 16, 4),
 )
 
 
-def linear(spec: Linear) -> DeviceKernel:
+def linear(spec: Linear, can_be_half: bool = True) -> DeviceKernel:
+    """can_be_half: with kernels in half precision too, for devices that have it."""
     fmt = spec.fmt
     if spec.is_gated:
         raise UnsupportedError("products on a GPU end with SwiGLU, none begins with it (Target.gates_results)")
@@ -66,7 +64,7 @@ def linear(spec: Linear) -> DeviceKernel:
     if spec.has_residual:
         params.append(Param("residual", ("n", width), "float32"))
     params.append(Param("out", ("n", width), "float32"))
-    product = _Linear(spec, width, [p.name for p in params])
+    product = _Linear(spec, width, [p.name for p in params], can_be_half and _fits_half(fmt))
     flops = 2 * spec.out_features * spec.in_features
     return DeviceKernel(spec.name, tuple(params), product.code, HOW, flops, spec)
 
@@ -76,12 +74,13 @@ class _Linear:
     spec: Linear
     width: int  # of the output
     params: list[str]
+    can_be_half: bool
 
     def code(self, dtypes: Sequence[str]) -> Code:
         norm = [self._norm()] if self.spec.norm_eps is not None else []
         before = [launch for launch, _ in norm]
         one, few = self._few(1), self._few(TOKENS_AT_ONCE)
-        tiles = [tile for tile in TILES if not tile.is_half or self._can_be_half]
+        tiles = [tile for tile in TILES if not tile.is_half or self.can_be_half]
         many = [self._many(tile) for tile in tiles]
         variants = [Variant(["<=", "n", 1], _launches(one)), Variant(["<=", "n", FEW_TOKENS], _launches(few))]
         variants += [Variant(tile.when, (*before, *_launches(each))) for tile, each in zip(tiles, many, strict=True)]
@@ -121,11 +120,6 @@ class _Linear:
         most = 64 if tokens > 1 and self.spec.gates_result else 256
         units = self.spec.in_features // unit_columns(self.spec.fmt)
         return next(t for t in (256, 64, 16) if t == 16 or (t <= most and t <= units))
-
-    @property
-    def _can_be_half(self) -> bool:
-        """Whether half precision has room for the weights' exponents, and no fewer digits than they have."""
-        return self.spec.fmt.is_grouped or self.spec.fmt.dtype == "float16"
 
     def _many(self, tile: Tile) -> list[tuple[Launch, str]]:
         return [self._many_of(tile, rows) for rows in self._parts]
@@ -170,6 +164,11 @@ class _Linear:
 
     def _arg(self, name: str) -> list[Any]:
         return tensor(self.params.index(name))
+
+
+def _fits_half(fmt: WeightFormat) -> bool:
+    """Whether half precision has room for the weights' exponents, and no fewer digits than they have."""
+    return fmt.is_grouped or fmt.dtype == "float16"
 
 
 def _launches(kernels: Sequence[tuple[Launch, str]]) -> tuple[Launch, ...]:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from mlcgen import artifact
 from mlcgen.artifact import WeightWriter, map_weights, new_artifact, read_manifest
 from mlcgen.errors import ArtifactError, TargetError
-from mlcgen.runtime import load
-from mlcgen.runtime.load import choose_target
+from mlcgen.runtime import load, target_choice
+from mlcgen.runtime.target_choice import choose_target
 
 MANIFEST: dict[str, Any] = {
     "schema_version": artifact.SCHEMA_VERSION,
@@ -474,7 +474,7 @@ VARIANTS = [*map(entry, FEATURES), entry("cpu:aarch64", "aarch64", ["neon"])]
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     def be(arch: str, *features: str) -> None:
         monkeypatch.setattr("platform.machine", lambda: arch)
-        monkeypatch.setattr(load, "host_features", lambda: frozenset(features))
+        monkeypatch.setattr(target_choice, "host_features", lambda: frozenset(features))
 
     return be
 

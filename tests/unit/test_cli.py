@@ -14,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import mlcgen
+from mlcgen import cli_output
 from mlcgen.cli import main
 from mlcgen.errors import CompileError
 from mlcgen.runtime.executor import Float32, StepInput
@@ -40,7 +41,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def artifact(stub: Callable[..., None], tmp_path: Path) -> str:
+def artifact(stub: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="end"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -53,6 +54,7 @@ def artifact(stub: Callable[..., None], tmp_path: Path) -> str:
         max_batch=4,
     )
     stub("mlcgen.runtime.load", load_executor=lambda path, **options: loaded)
+    monkeypatch.setattr("mlcgen.cli_output.chosen_target", lambda path: None)
     return "an-artifact"
 
 
@@ -167,6 +169,16 @@ def test_run_streams_one_prompt(artifact: str, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.split() == ["c", "d", "e"]
 
 
+def test_which_target_was_taken(stub: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    stub("mlcgen.artifact", read_manifest=lambda path: {"targets": ["cpu", "vulkan", "cuda:sm_90"]})
+    reasons = {"vulkan": "a GPU in software", "cuda:sm_90": "no NVIDIA driver"}
+    stub("mlcgen.runtime.target_choice", choose_target=lambda *_: {"name": "cpu"}, not_taken=lambda *_: reasons)
+    cli_output.chosen_target(Path("dist"))
+    captured = capsys.readouterr()
+    assert captured.err == "target cpu; not vulkan: a GPU in software; not cuda:sm_90: no NVIDIA driver\n"
+    assert not captured.out
+
+
 def test_run_prints_several_prompts_apart(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", artifact, "a", "c", "--max-tokens", "2"]) == 0
     assert capsys.readouterr().out == "==> a <==\nb c\n\n==> c <==\nd e\n"
@@ -249,6 +261,7 @@ def test_ctrl_c_that_a_library_turned_into_its_own_error() -> None:
     """Seen with TVM: a RuntimeError without a word instead of the KeyboardInterrupt, and chatter at the end."""
     code = """
 import atexit, os, signal, sys, mlcgen
+from mlcgen import cli_output
 from mlcgen.cli import main
 def compile(*args, **options):
     try:
@@ -306,7 +319,7 @@ def test_plan_and_devices_json(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["devices", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["kind"] == "cpu"
     assert main(["devices"]) == 0
-    assert "missing: a rocm target in this version of mlcgen" in capsys.readouterr().out
+    assert "missing: no HIP runtime (libamdhip64) is installed" in capsys.readouterr().out
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,10 +19,11 @@ import numpy.typing as npt
 import pytest
 
 from mlcgen.errors import DeviceError, TargetError
-from mlcgen.runtime import cuda, device_weights, load
+from mlcgen.runtime import cuda, device_weights, target_choice
 from mlcgen.runtime.cuda import CudaDevice
 from mlcgen.runtime.device_weights import make_random_weights, upload_weights
-from mlcgen.runtime.load import cannot_run, choose_target
+from mlcgen.runtime.load_plan import load_plan
+from mlcgen.runtime.target_choice import cannot_run, choose_target, not_taken
 
 from .cuda_driver import FakeDriver, install, replace_loader
 
@@ -747,7 +748,7 @@ def test_the_newest_machine_code_wins(driver: FakeDriver, gpu: int, best: str, o
 
 def test_no_target_for_this_gpu(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr(load, "host_features", lambda: frozenset(["popcnt", "sse4.2"]))
+    monkeypatch.setattr(target_choice, "host_features", lambda: frozenset(["popcnt", "sse4.2"]))
     driver.set(arch=75)
     entries = [CPU, *map(cuda_entry, ("sm_80", "compute_80"))]
     assert choose_target(entries, "auto")["name"] == CPU["name"]
@@ -851,12 +852,24 @@ def test_no_room_for_pages(driver: FakeDriver, tmp_path: Path, monkeypatch: pyte
     plan = {
         "module": base64.b64encode(b"*").decode(),
         **{"kernels": {}, "weights": {"w": spec([1 << 20], "uint8")}, "storages": [1 << 20], "scratch": 0},
+        **{"pages": {"layers": 2}, "tensors": [{"storage": 0}], "output": 0, "steps": []},
     }
     monkeypatch.setattr("mlcgen.runtime.plan.read_plan", lambda file: plan)
     monkeypatch.setattr("mlcgen.runtime.plan.check_fit", lambda *checked: None)
     manifest = {"kv": {"num_layers": 2, "num_kv_heads": 2, "page_size": 16, "head_dim": 64, "dtype": "float16"}}
     driver.set(memory=2 << 20)
     with pytest.raises(DeviceError, match=r"90% of the GPU's 0\.0 GiB leave no room for KV pages"):
-        load._on_cuda(tmp_path / "plan.json", manifest, None, None, 1, 0.9)
+        load_plan("cuda", tmp_path / "plan.json", manifest, None, None, 1, 0.9)
     gc.collect()
     assert driver.live() == {}
+
+
+def test_why_the_others_were_not_taken(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(target_choice, "host_features", lambda: frozenset(["popcnt", "sse4.2"]))
+    driver.set(arch=90)
+    entries = [CPU, *map(cuda_entry, ("sm_90", "sm_80"))]
+    assert not_taken(entries, "cuda:sm_90") == {
+        CPU["name"]: "slower here, as a rule",
+        "cuda:sm_80": "needs sm_80, this GPU is sm_90",
+    }

@@ -17,7 +17,8 @@ from mlcgen.artifact import library_file, read_manifest
 from mlcgen.compile import compile
 from mlcgen.errors import CompileError
 from mlcgen.runtime.executor import StepInput
-from mlcgen.runtime.load import cannot_run, load_executor
+from mlcgen.runtime.load import load_executor
+from mlcgen.runtime.target_choice import cannot_run
 
 CONFIG = {
     "model_type": "llama",

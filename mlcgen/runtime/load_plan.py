@@ -1,0 +1,112 @@
+"""From a launch plan to its executor: the device of the target's kind, weights, and pages in what memory is left."""
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlcgen.errors import DeviceError
+from mlcgen.runtime.device import Device
+from mlcgen.runtime.executor import Executor
+from mlcgen.runtime.kv_size import page_bytes, useful_pages
+
+KV_BYTES = 4 << 30  # for pages, where neither the user names a number nor the device tells how much memory there is
+
+
+def load_plan(
+    kind: str,
+    plan_file: Path,
+    manifest: Mapping[str, Any],
+    weights: Mapping[str, Any] | None,
+    num_pages: int | None,
+    max_batch: int,
+    memory_utilization: float,
+) -> Executor:
+    """weights: arrays by name; None: random ones. Raises as load_executor does."""
+    from mlcgen.runtime import device_sampler, device_weights
+    from mlcgen.runtime.plan import check_fit, function_names, read_plan
+    from mlcgen.runtime.plan_executor import PlanExecutor
+    from mlcgen.runtime.sampling_executor import TAKE_TOKENS, SamplingPlanExecutor
+
+    plan = read_plan(plan_file)
+    check_fit(plan, manifest, weights)
+    device, names = _device(kind), function_names(plan)
+    if kind == "cuda":  # whose module also has what prepares weights and chooses tokens
+        names += [*device_weights.FUNCTIONS, *device_sampler.FUNCTIONS, TAKE_TOKENS]
+    _check_bindings(plan, device)
+    device.load(base64.b64decode(plan["module"]), names)
+    if weights is None and kind == "cuda":
+        addresses = device_weights.make_random_weights(device, plan["weights"])
+    else:
+        given = weights or device_weights.Random(plan["weights"])
+        addresses = device_weights.upload_weights(device, plan["weights"], given)
+    num_pages = _num_pages(device, plan, manifest, num_pages, max_batch, memory_utilization)
+    executor = SamplingPlanExecutor if kind == "cuda" else PlanExecutor
+    return executor(device, plan, manifest, addresses, num_pages)
+
+
+def _device(kind: str) -> Device:
+    if kind == "cuda":
+        from mlcgen.runtime.cuda import CudaDevice
+
+        return CudaDevice()
+    if kind == "rocm":
+        from mlcgen.runtime.hip import HipDevice
+
+        return HipDevice()
+    if kind == "metal":
+        from mlcgen.runtime.metal import MetalDevice
+
+        return MetalDevice()
+    from mlcgen.runtime.webgpu import WebgpuDevice
+
+    return WebgpuDevice()
+
+
+def _check_bindings(plan: Mapping[str, Any], device: Device) -> None:
+    """Raises DeviceError for a tensor that the device's kernels cannot be given."""
+    from mlcgen.runtime.plan import bound_bytes
+
+    for name, num_bytes in bound_bytes(plan):
+        if num_bytes > device.largest_binding:
+            has = f"kernels on {device.name} reach {device.largest_binding / 2**20:.0f} MiB"
+            raise DeviceError(
+                f"{name[:80]} has {num_bytes / 2**20:.0f} MiB, {has}; quantize further (-q), or use another target"
+            )
+
+
+def _num_pages(
+    device: Device,
+    plan: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    wanted: int | None,
+    max_batch: int,
+    memory_utilization: float,
+) -> int:
+    each = page_bytes(manifest["kv"])
+    most = device.largest_binding // (each // plan["pages"]["layers"])
+    if wanted is not None:
+        if wanted > most:
+            raise DeviceError(
+                f"{wanted} pages are more than the {most} that kernels on {device.name} reach; lower them"
+            )
+        return wanted
+    affordable = _bytes_left(device, plan, memory_utilization, each) // each
+    return max(1, min(affordable, most, useful_pages(manifest, max_batch)))
+
+
+def _bytes_left(device: Device, plan: Mapping[str, Any], memory_utilization: float, least: int) -> int:
+    """Memory for pages. Raises DeviceError where it is less than `least`."""
+    memory = device.memory()
+    if memory is None:
+        return KV_BYTES
+    free, total = memory
+    workspace = sum(plan["storages"]) + plan["scratch"]
+    left = int(memory_utilization * total) - (total - free) - workspace
+    if left < least:
+        raise DeviceError(
+            f"{memory_utilization:.0%} of the GPU's {total / 2**30:.1f} GiB leave no room for KV pages: "
+            f"{(total - free) / 2**30:.2f} GiB are in use (weights and other programs), kernels need "
+            f"{workspace / 2**30:.2f}; raise --gpu-memory-utilization or free memory"
+        )
+    return left
