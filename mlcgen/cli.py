@@ -199,6 +199,8 @@ def run(
     )
     with output.waiting("loading"):
         llm = LLM(artifact, target, num_pages, max_batch, threads, gpu_memory_utilization)
+    if target == "auto":
+        output.chosen_target(artifact)
     if len(prompts) == 1 and not as_json:
         return output.stream(llm.stream(prompts[0], params))
     with output.waiting("generating"):
@@ -309,7 +311,9 @@ def verify(
 @verb
 def bench(
     artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Builds of one model.")],
-    target: RunTarget = "auto",
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="auto, all, or targets of the artifacts. Repeatable.")
+    ] = None,
     peer: Annotated[list[str] | None, typer.Option(help="llama.cpp, openvino, or on a GPU torch. Repeatable.")] = None,
     peer_model: Annotated[Path | None, typer.Option(help="GGUF file for the peers; default: the source's.")] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
@@ -319,10 +323,16 @@ def bench(
     batch_prompt: Annotated[int, typer.Option(min=0, help="Tokens of each of its prompts; 0: 512 together.")] = 0,
     threads: Threads = None,
     repeat: Annotated[int, typer.Option(min=1, help="Turns that count, after one to warm up.")] = 5,
+    text: Annotated[Path | None, typer.Option(help="UTF-8, or token ids in .json: measure its perplexity too.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all samples here.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page here.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Measure nothing: the arguments are --json files.")] = False,
 ) -> None:
     """Speed, memory and load time of artifacts, beside other engines and this machine's peaks."""
+    if merge:
+        return _merge(artifacts, json_file, html_file)
     from mlcgen.bench.engines import PEERS
+    from mlcgen.bench.matrix import page
     from mlcgen.bench.run import Options
     from mlcgen.bench.run import bench as run_bench
     from mlcgen.runtime.cpu import usable_cores
@@ -331,8 +341,24 @@ def bench(
         raise typer.BadParameter(f"no peer {min(unknown)!r}; have: {', '.join(PEERS)}")
     options = Options(prompt, tokens, long_context, batch, threads or usable_cores(), repeat, batch_prompt)
     with output.Progress() as progress:
-        result = run_bench(artifacts, target, peer or (), peer_model, options, progress.update)
+        result = run_bench(artifacts, target or ["auto"], peer or (), peer_model, options, progress.update, text)
     output.benchmark(result, json_file)
+    if html_file:
+        html_file.write_text(page([result]), encoding="utf-8")
+
+
+def _merge(files: Sequence[Path], json_file: Path | None, html_file: Path | None) -> None:
+    if not (json_file or html_file):
+        raise typer.BadParameter("--merge writes --html FILE, --json FILE, or both; name one")
+    from mlcgen.artifact import write_json
+    from mlcgen.bench.matrix import page
+    from mlcgen.bench.result import merged, read_results
+
+    results = read_results(files)
+    if json_file:
+        write_json(json_file, merged(results))
+    if html_file:
+        html_file.write_text(page(results), encoding="utf-8")
 
 
 @verb

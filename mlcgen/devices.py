@@ -150,7 +150,7 @@ def _rocm() -> Device:
         to_compile.append(Missing("a compiler for AMD's GPUs", "pip install 'mlcgen[cross]'"))
     reason = hip.missing()
     if reason:
-        remedy = "install AMD's driver and HIP runtime, on Debian libamdhip64"
+        remedy = "install AMD's driver and HIP runtime (ROCm; on Debian libamdhip64-5 or later)"
         return Device("rocm", "", not to_compile, False, [], [Missing(reason, remedy), *to_compile])
     device = hip.HipDevice()
     features = [hip.architecture() or ""]

@@ -337,6 +337,8 @@ class _Translation(_Tokens):
             return f"{text.removesuffix('f')}f"
         if not re.fullmatch(r"0x[0-9a-f]+[iu]?|\d+[iu]?", text.lower()):
             self.fail(f"the number {text} is not known")
+        if text.isdigit() and int(text) >= 1 << 31:
+            self.fail(f"the number {text} is not known without a u")
         return text.removesuffix("i")
 
     def word(self) -> str:
@@ -371,10 +373,17 @@ class _Translation(_Tokens):
         name = self.local_name()
         type_ = self.type() if self.accept(":") else "auto"
         if self.peek() == "=":
+            self.refuse_itself(self.tokens[self.at - 1].text if type_ == "auto" else name)
             return f"{'const ' * is_let}{type_} {name}"
         if is_let or type_ == "auto" or self.peek() != ";":
             self.fail(f"{name} has neither type nor value")
         return f"{type_} {name} = {{}}"  # WGSL's variables begin as zeros
+
+    def refuse_itself(self, name: str) -> None:
+        """A value that names its own variable means an outer one in WGSL, and the new one in C++."""
+        end = next(i for i in range(self.at, len(self.tokens)) if self.tokens[i].text in (";", "{"))
+        if any(self.tokens[i].text == name and self.tokens[i - 1].text != "." for i in range(self.at, end)):
+            self.fail(f"{name} by its own name is not known")
 
     def local_name(self) -> str:
         token = self.next()

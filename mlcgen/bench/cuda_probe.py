@@ -18,7 +18,7 @@ def open_cuda_probe() -> Callable[..., dict[str, Any]]:
     source, to = (device.allocate(SIZE, "the probe") for _ in range(2))
 
     def measure(sizes: Sequence[int]) -> dict[str, Any]:
-        copied = 2 * SIZE / _fastest(lambda: device.copy(to, source, SIZE), device.synchronize)
+        copied = 2 * SIZE / fastest(lambda: device.copy(to, source, SIZE), device.synchronize)
         ops = {"float16": _matmul_ops()} if importlib.util.find_spec("torch") else {}
         return {"bytes_per_s": dict.fromkeys(map(str, sizes), copied), "ops_per_s": ops}
 
@@ -29,10 +29,10 @@ def _matmul_ops() -> float:
     import torch
 
     a, b = (torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.float16) for _ in range(2))
-    return 2 * MATRIX**3 / _fastest(lambda: a @ b, torch.cuda.synchronize)
+    return 2 * MATRIX**3 / fastest(lambda: a @ b, torch.cuda.synchronize)
 
 
-def _fastest(work: Callable[[], Any], wait: Callable[[], Any], at_once: int = 5) -> float:
+def fastest(work: Callable[[], Any], wait: Callable[[], Any], at_once: int = 5) -> float:
     """Seconds of one call, of several started at once."""
     best, end = float("inf"), perf_counter() + SECONDS
     while perf_counter() < end:

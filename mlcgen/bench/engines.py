@@ -13,13 +13,14 @@ from typing import Any, Protocol
 from mlcgen.errors import BenchError
 
 Prompts = Sequence[Sequence[int]]  # token ids
+WINDOW = 512  # tokens that perplexity is measured over at a time
 
 
 @dataclass(frozen=True)
 class Spec:
     """What an engine is opened with."""
 
-    engine: str  # "mlcgen" or one of PEERS
+    engine: str  # "mlcgen", one of PEERS, or "perplexity" (of what mlcgen runs)
     model: str  # artifact directory (of "torch" too: it takes the shapes) or GGUF file
     threads: int
     context: int  # tokens, over all sequences, that its KV cache must hold
@@ -141,7 +142,26 @@ PEERS = {
 }
 
 
+def _scorer(spec: Spec) -> Callable[..., Any]:
+    """Load an artifact to measure its perplexity: of a UTF-8 text, or of token ids in a .json file."""
+    from mlcgen.artifact import read_manifest
+    from mlcgen.evaluate import Perplexity, perplexity, read_ids, read_text
+    from mlcgen.runtime.load import load_executor
+
+    pages = -(-WINDOW // int(read_manifest(Path(spec.model))["kv"]["page_size"]))
+    model = load_executor(spec.model, spec.target, pages, num_threads=spec.threads)
+
+    def score(text: str) -> Perplexity:
+        file = Path(text)
+        ids = read_ids(file) if file.suffix == ".json" else read_text(model, file)
+        return perplexity(model.executor, ids, min(WINDOW, model.context_length))
+
+    return score
+
+
 def open_engine(spec: dict[str, Any]) -> Callable[..., Any]:
     """Load an engine; the answer is its `generate`. `spec` has the fields of Spec."""
     its = Spec(**spec)
+    if its.engine == "perplexity":
+        return _scorer(its)
     return (Mlcgen(its) if its.engine == "mlcgen" else PEERS[its.engine].open(its)).generate

@@ -4,9 +4,9 @@ import importlib.util
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ import numpy as np
 from mlcgen import artifact
 from mlcgen.bench.engines import PEERS, Spec
 from mlcgen.bench.process import Worker
+from mlcgen.bench.result import VERSION
 from mlcgen.bench.work import DecodeReads, artifact_reads, gguf_reads, prefill_flops, torch_reads
 from mlcgen.checkpoint.source import gguf_file
 from mlcgen.errors import BenchError
+from mlcgen.runtime import cuda, webgpu
 from mlcgen.runtime.cpu import host_cpu_name, usable_cores
 from mlcgen.runtime.cuda import CudaDevice
-from mlcgen.runtime.load import choose_target
+from mlcgen.runtime.target_choice import cannot_run, choose_target
 
 __all__ = ["Options", "bench"]
 
@@ -29,6 +31,7 @@ FIRST_PROMPT = 128  # tokens of the prompt that follows a load
 LONG_TOKENS = 32  # generated after the long prompt
 BATCH_PROMPT = 512  # tokens of a batch's prompts together, one step of every engine, where nothing else is asked for
 SEED = 0
+PROBES = {"cpu": "probe", "cuda": "cuda probe", "webgpu": "webgpu probe"}  # kind of target -> what measures its peaks
 Metrics = dict[str, float]
 Prompts = list[list[int]]
 
@@ -56,7 +59,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One row of the result: an artifact or a peer."""
+    """One row of the result: one target of an artifact, or a peer."""
 
     name: str
     engine: str
@@ -65,6 +68,12 @@ class Contestant:
     max_batch: int | None = None  # None: no limit that we know
     reads: DecodeReads | None = None  # None: not known
     target: str = "auto"
+    kind: str = "cpu"  # of the target: on which device it runs
+    flops: int = 0  # of the prefill; 0: not known
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} on {self.target}" if self.engine == "mlcgen" else self.name
 
     def skipped(self, options: Options) -> dict[str, str]:
         """Test -> why this engine cannot take it."""
@@ -91,35 +100,39 @@ class Contestant:
 
 def bench(
     artifacts: Sequence[str | Path],
-    target: str = "auto",
+    targets: Sequence[str] = ("auto",),
     peers: Sequence[str] = (),
     peer_model: str | Path | None = None,
     options: Options | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    text: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Measure artifacts of one model, and `peers` (names in engines.PEERS) on the GGUF file `peer_model`.
+    """Measure artifacts of one model on `targets`, and `peers` (names in engines.PEERS) on the GGUF file `peer_model`.
 
-    The default file is the one behind the first artifact's source. progress(stage, calls done, calls in all).
+    targets: names or kinds of the artifacts' targets, "auto" for the best that runs here, "all" for all that run here.
+    The default file is the one behind the first artifact's source. text: a UTF-8 file, or token ids as JSON, whose
+    perplexity is measured too. progress(stage, calls done, calls in all).
     Raises BenchError for a peer that is not installed or has no model, and if an engine fails.
     """
     options = options or Options()
-    contestants = _contestants([Path(path) for path in artifacts], target, peers, peer_model, options)
-    manifest = artifact.read_manifest(artifacts[0])
-    sizes = sorted({each.reads.weights for each in contestants if each.reads})
-    entry = choose_target(manifest["targets"], target)
-    flops = prefill_flops(Path(artifacts[0]), manifest, entry["name"], options.prompt)
-    vocab, on_gpu = int(manifest["model"]["vocab_size"]), entry["kind"] == "cuda"
-    turns = _turns(contestants, sizes, vocab, options, progress or _silent, on_gpu)
+    paths = list(dict.fromkeys(map(Path, artifacts)))
+    ours = _artifacts(paths, targets, options)
+    contestants = [*ours, *_peers(peers, paths[0], peer_model, ours[0].flops)]
+    peaks: dict[str, list[Any]] = {}
+    samples: dict[Contestant, list[Metrics]] = {each: [] for each in contestants}
+    turns = _turns(contestants, _vocab_size(paths[0]), options, progress or _silent)
     next(turns)  # the first one warms up
-    peaks: list[Any] = []
-    samples: dict[str, list[Metrics]] = {each.name: [] for each in contestants}
     for turn_peaks, turn in turns:
-        peaks.append(turn_peaks)
-        for name, metrics in turn.items():
-            samples[name].append(metrics)
-    result = _result(contestants, samples, peaks, flops, options)
-    if on_gpu:
-        result["machine"]["gpu"] = CudaDevice().name
+        for kind, measured in turn_peaks.items():
+            peaks.setdefault(kind, []).append(measured)
+        for each, metrics in turn.items():
+            samples[each].append(metrics)
+    result = _result(contestants, samples, peaks, options)
+    result["not_run"] = _not_run(paths)
+    if text is not None:
+        result["options"]["text"] = Path(text).name
+        for row, each in zip(result["engines"], ours, strict=False):  # they come before the peers
+            row["quality"]["perplexity"] = _perplexity(each, Path(text), options)
     return result
 
 
@@ -127,37 +140,64 @@ def _silent(stage: str, done: int, total: int) -> None:
     pass
 
 
+def _vocab_size(path: Path) -> int:
+    return int(artifact.read_manifest(path)["model"]["vocab_size"])
+
+
 # Who takes part
 
 
-def _contestants(
-    paths: Sequence[Path], target: str, peers: Sequence[str], peer_model: str | Path | None, options: Options
-) -> list[Contestant]:
-    found = [_artifact(path, target, options) for path in dict.fromkeys(paths)]
-    manifests = [artifact.read_manifest(path) for path in paths]
-    if len({_shape(manifest) for manifest in manifests}) > 1:
+def _artifacts(paths: Sequence[Path], targets: Sequence[str], options: Options) -> list[Contestant]:
+    """One for each target of each artifact. Raises TargetError where there is none that runs here."""
+    manifests = {path: artifact.read_manifest(path) for path in paths}
+    if len({tuple(_model(manifest).values()) for manifest in manifests.values()}) > 1:
         raise BenchError(f"{', '.join(map(str, paths))} are not builds of one model; measure each model by itself")
-    for name in dict.fromkeys(peers):
-        _require(name)
-        found.append(_peer(name, paths[0], peer_model, manifests[0]))
+    found = [
+        _artifact(path, manifest, entry, options)
+        for path, manifest in manifests.items()
+        for entry in _entries(manifest["targets"], targets)
+    ]
+    if not found:
+        choose_target([entry for manifest in manifests.values() for entry in manifest["targets"]], "auto")
     return found
 
 
-def _shape(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(manifest["model"].get(key) for key in ("model_type", "hidden_size", "num_layers", "vocab_size"))
+def _entries(entries: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> list[Mapping[str, Any]]:
+    if "all" in targets:
+        return [entry for entry in entries if cannot_run(entry) is None]
+    chosen = [choose_target(entries, target) for target in targets]
+    return list({str(entry["name"]): entry for entry in chosen}.values())
 
 
-def _artifact(path: Path, target: str, options: Options) -> Contestant:
-    manifest = artifact.read_manifest(path)
+def _model(manifest: Mapping[str, Any]) -> dict[str, Hashable]:
+    return {key: manifest["model"].get(key) for key in ("model_type", "hidden_size", "num_layers", "vocab_size")}
+
+
+def _artifact(path: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any], options: Options) -> Contestant:
     context = int(manifest["context_length"])
     if options.sequence > context:
         raise BenchError(
             f"{path} has a context of {context} tokens, too short for --prompt {options.prompt} and "
             f"--tokens {options.tokens}; lower them"
         )
-    entry = choose_target(manifest["targets"], target)["name"]
-    reads = artifact_reads(path, manifest, entry)
-    return Contestant(str(path), "mlcgen", str(path), context, int(manifest["max_batch"]), reads, entry)
+    return Contestant(
+        str(path),
+        "mlcgen",
+        str(path),
+        context,
+        int(manifest["max_batch"]),
+        artifact_reads(path, manifest, entry["name"]),
+        entry["name"],
+        entry["kind"],
+        prefill_flops(path, manifest, entry["name"], options.prompt),
+    )
+
+
+def _peers(names: Sequence[str], path: Path, peer_model: str | Path | None, flops: int) -> list[Contestant]:
+    manifest = artifact.read_manifest(path)
+    for name in names:
+        _require(name)
+    return [replace(_peer(name, path, peer_model, manifest), flops=flops) for name in dict.fromkeys(names)]
 
 
 def _require(peer: str) -> None:
@@ -180,7 +220,10 @@ def _peer_model(given: str | Path | None, manifest: Mapping[str, Any]) -> Path:
 
 def _peer(name: str, path: Path, peer_model: str | Path | None, manifest: Mapping[str, Any]) -> Contestant:
     if name == "torch":
-        return Contestant(name, name, str(path), int(manifest["context_length"]), None, torch_reads(manifest))
+        kind = "cpu" if cuda.missing() else "cuda"
+        return Contestant(
+            name, name, str(path), int(manifest["context_length"]), None, torch_reads(manifest), kind=kind
+        )
     file = _peer_model(peer_model, manifest)
     # OpenVINO repacks the weights and quantizes the cache, so what it reads is not known.
     reads = gguf_reads(file, manifest["kv"]) if name == "llama.cpp" else None
@@ -191,34 +234,36 @@ def _peer(name: str, path: Path, peer_model: str | Path | None, manifest: Mappin
 
 
 def _turns(
-    contestants: Sequence[Contestant],
-    sizes: Sequence[int],
-    vocab: int,
-    options: Options,
-    progress: Callable[[str, int, int], None],
-    on_gpu: bool = False,
-) -> Iterator[tuple[Any, dict[str, Metrics]]]:
-    """repeat + 1 times: (the machine's peaks, metrics by engine)."""
+    contestants: Sequence[Contestant], vocab: int, options: Options, progress: Callable[[str, int, int], None]
+) -> Iterator[tuple[dict[str, Any], dict[Contestant, Metrics]]]:
+    """repeat + 1 times: (peaks by kind of target, metrics by contestant)."""
     done, total = 0, (options.repeat + 1) * len(TESTS) * len(contestants)
     rng = np.random.default_rng(SEED)
     with ExitStack() as stack:
-        spec = {"engine": "cuda probe" if on_gpu else "probe", "threads": options.threads}
-        probe = stack.enter_context(Worker("the machine probe", spec))
+        probes = {
+            kind: stack.enter_context(Worker(f"the {PROBES[kind]}", {"engine": probe, "threads": options.threads}))
+            for kind, probe in PROBES.items()
+            if any(each.kind == kind for each in contestants)
+        }
         workers = {
-            each.name: stack.enter_context(Worker(each.name, each.spec(options, only_plain=False)))
-            for each in contestants
+            each: stack.enter_context(Worker(each.label, each.spec(options, only_plain=False))) for each in contestants
         }
         for _ in range(options.repeat + 1):
-            metrics: dict[str, Metrics] = {each.name: {} for each in contestants}
-            peaks = probe.call(sizes=sizes).result
+            metrics: dict[Contestant, Metrics] = {each: {} for each in contestants}
+            peaks = {kind: probe.call(sizes=sizes(contestants, kind)).result for kind, probe in probes.items()}
             for name, test in TESTS.items():
                 ids = rng.integers(vocab, size=_prompt_shape(name, options)).tolist()
                 for each in contestants:
                     if name not in each.skipped(options):
-                        metrics[each.name] |= test(each, workers[each.name], ids, options)
+                        metrics[each] |= test(each, workers[each], ids, options)
                     done += 1
                     progress("measuring", done, total)
             yield peaks, metrics
+
+
+def sizes(contestants: Sequence[Contestant], kind: str) -> list[int]:
+    """Bytes of the weights that are read on a device."""
+    return sorted({each.reads.weights for each in contestants if each.reads and each.kind == kind})
 
 
 def _prompt_shape(test: str, options: Options) -> tuple[int, int]:
@@ -229,7 +274,7 @@ def _prompt_shape(test: str, options: Options) -> tuple[int, int]:
 
 def _load(contestant: Contestant, worker: Worker, prompts: Prompts, options: Options) -> Metrics:
     """In a new process, with room for the plain test only: the load, a first token, and the memory of that test."""
-    with Worker(contestant.name, contestant.spec(options, only_plain=True)) as fresh:
+    with Worker(contestant.label, contestant.spec(options, only_plain=True)) as fresh:
         first = fresh.call(prompts=[prompts[0][:FIRST_PROMPT]], tokens=1)
         plain = fresh.call(prompts=prompts, tokens=options.tokens)
     metrics = {"load_s": fresh.opened.seconds, "load_to_first_token_s": fresh.opened.seconds + first.seconds}
@@ -261,56 +306,128 @@ def _decode(name: str, timing: Mapping[str, Any]) -> Metrics:
 TESTS = {"load": _load, "plain": _plain, "batch": _batch, "long": _long}
 
 
+def _perplexity(contestant: Contestant, text: Path, options: Options) -> float:
+    spec = contestant.spec(options, only_plain=True) | {"engine": "perplexity"}
+    with Worker(contestant.label, spec) as worker:
+        return float(worker.call(text=str(text)).result["ppl"])
+
+
 # The result
 
 
 def _result(
     contestants: Sequence[Contestant],
-    samples: Mapping[str, Sequence[Metrics]],
-    peaks: Sequence[Any],
-    flops: int,
+    samples: Mapping[Contestant, Sequence[Metrics]],
+    peaks: Mapping[str, Sequence[Any]],
     options: Options,
 ) -> dict[str, Any]:
-    limits = {kind: summaries([turn[kind] for turn in peaks]) for kind in peaks[0]}
-    rows = [_row(each, summaries(samples[each.name]), limits, flops, options) for each in contestants]
+    devices = {kind: {"name": _device_name(kind), "peaks": _limits(turns)} for kind, turns in peaks.items()}
+    rows = [_row(each, summaries(samples[each]), devices[each.kind], options) for each in contestants]
     peers = {row["name"]: row["metrics"] for row in rows if row["engine"] != "mlcgen"}
     for row in rows:
         row["ratios"] = {name: ratios(row["metrics"], theirs) for name, theirs in peers.items() if name != row["name"]}
+    manifest = artifact.read_manifest(contestants[0].model)
     return {
+        "version": VERSION,
         "command": shlex.join(["mlcgen", *sys.argv[1:]]),
+        "model": {"name": manifest["name"], **_model(manifest)},
         "options": {**asdict(options), "long_tokens": LONG_TOKENS, "seed": SEED},
         "machine": {"cpu": host_cpu_name(), "cores": usable_cores(), "threads": options.threads},
-        "versions": _versions([row["engine"] for row in rows]),
-        "peaks": limits,
+        "versions": _versions(contestants),
+        "devices": devices,
         "engines": rows,
     }
 
 
+def _device_name(kind: str) -> str:
+    if kind == "cuda":
+        return CudaDevice().name
+    adapter = webgpu.adapter() if kind == "webgpu" else None
+    return adapter.name if adapter else host_cpu_name()
+
+
+def _limits(turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {peak: summaries([turn[peak] for turn in turns]) for peak in turns[0]}
+
+
 def _row(
-    contestant: Contestant, metrics: dict[str, Any], limits: Mapping[str, Any], flops: int, options: Options
+    contestant: Contestant, metrics: dict[str, Any], device: Mapping[str, Any], options: Options
 ) -> dict[str, Any]:
     return {
         "name": contestant.name,
         "engine": contestant.engine,
         "model": contestant.model,
+        "device": device["name"],
+        **(_about_artifact(contestant) if contestant.engine == "mlcgen" else _about_peer(contestant)),
         "metrics": metrics,
-        "achieved": _achieved(contestant, metrics, limits, flops, options),
+        "achieved": _achieved(contestant, metrics, device["peaks"], options),
         "skipped": contestant.skipped(options),
     }
 
 
+def _about_artifact(contestant: Contestant) -> dict[str, Any]:
+    manifest = artifact.read_manifest(contestant.model)
+    entry = next(each for each in manifest["targets"] if each["name"] == contestant.target)
+    return _about(Path(contestant.model), manifest, entry)
+
+
+def _about(path: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says of an artifact's target besides its figures."""
+    code = artifact.inside(path, entry["file"]).stat().st_size
+    return {
+        "target": entry["name"],
+        "kind": entry["kind"],
+        "targets": [each["name"] for each in manifest["targets"]],
+        "quantization": manifest["quantization"],
+        "size": {"weights_bytes": sum(file["bytes"] for file in manifest["weights"]), "code_bytes": code},
+        "quality": _quality(manifest, entry["name"]),
+        "versions": manifest["versions"],
+    }
+
+
+def _quality(manifest: Mapping[str, Any], target: str) -> dict[str, float]:
+    """What `mlcgen verify` found, if it looked at this target."""
+    verified = manifest.get("verify") or {}
+    names = ("kl_divergence", "top1_agreement")
+    return {name: verified[name] for name in names} if verified.get("target") == target else {}
+
+
+def _about_peer(contestant: Contestant) -> dict[str, Any]:
+    file, distribution = Path(contestant.model), PEERS[contestant.engine].distribution
+    return {
+        "target": None,
+        "kind": contestant.kind,
+        "targets": [],
+        "quantization": None,
+        "size": {"weights_bytes": file.stat().st_size} if file.is_file() else {},
+        "quality": {},
+        "versions": {distribution: _version(distribution)},
+    }
+
+
+def _not_run(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """A row for each target of the artifacts that this machine cannot run."""
+    return [
+        {"name": str(path), **_about(path, manifest, entry), "reason": f"compiled, not run: {why}"}
+        for path in paths
+        for manifest in [artifact.read_manifest(path)]
+        for entry in manifest["targets"]
+        if (why := cannot_run(entry))
+    ]
+
+
 def _achieved(
-    contestant: Contestant, metrics: Mapping[str, Any], limits: Mapping[str, Any], flops: int, options: Options
+    contestant: Contestant, metrics: Mapping[str, Any], limits: Mapping[str, Any], options: Options
 ) -> dict[str, float]:
-    """Bandwidth of decode and arithmetic of prefill, and each as a share of the machine's measured peak."""
+    """Bandwidth of decode and arithmetic of prefill, and each as a share of the device's measured peak."""
     result: dict[str, float] = {}
     decode, reads = metrics.get("decode_tokens_per_s"), contestant.reads
     if decode and reads:
         result["decode_bytes_per_s"] = decode["median"] * reads.step(options.prompt + options.tokens / 2)
         peak = limits["bytes_per_s"][str(reads.weights)]["median"]
         result["decode_peak_share"] = result["decode_bytes_per_s"] / peak
-    if flops:
-        result["prefill_flops_per_s"] = flops * metrics["prefill_tokens_per_s"]["median"] / options.prompt
+    if contestant.flops:
+        result["prefill_flops_per_s"] = contestant.flops * metrics["prefill_tokens_per_s"]["median"] / options.prompt
         ops = limits["ops_per_s"]
         if peak := ops.get("float32") or ops.get("float16"):  # of a CPU; of a GPU's tensor cores
             result["prefill_peak_share"] = result["prefill_flops_per_s"] / peak["median"]
@@ -332,8 +449,11 @@ def ratios(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, floa
     return {name: ours[name]["median"] / theirs[name]["median"] for name in ours if name in theirs}
 
 
-def _versions(engines: Sequence[str]) -> dict[str, str]:
-    distributions = ["mlcgen", "apache-tvm", *(PEERS[name].distribution for name in engines if name in PEERS)]
+def _versions(contestants: Sequence[Contestant]) -> dict[str, str]:
+    distributions = ["mlcgen", "apache-tvm"]
+    if any(each.kind == "webgpu" for each in contestants):
+        distributions.append("wgpu")
+    distributions += [PEERS[each.engine].distribution for each in contestants if each.engine in PEERS]
     return {"python": sys.version.split()[0], **{name: _version(name) for name in distributions}}
 
 

@@ -35,12 +35,19 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
 
 def tables(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
     """(header, rows) of each table; the first cell of a row is the engine's name."""
-    engines = result["engines"]
+    engines = _labelled(result["engines"])
     made = [_speed(engines, result["options"]), _cost(engines, result["options"])]
     peers = [row["name"] for row in engines if row["engine"] != "mlcgen"]
     if peers:
         made.append(_ratios(engines, peers))
     return made
+
+
+def _labelled(engines: Sequence[Row]) -> list[Row]:
+    """The rows, with their targets in their names where there are several."""
+    if len({row["target"] for row in engines if row["target"]}) < 2:
+        return list(engines)
+    return [{**row, "name": f"{row['name']} {row['target']}"} if row["target"] else row for row in engines]
 
 
 Table = tuple[list[str], list[list[str]]]
@@ -93,25 +100,36 @@ def _ratios(engines: Sequence[Row], peers: Sequence[str]) -> Table:
 
 
 def footer(result: Mapping[str, Any]) -> list[str]:
-    """The machine's peaks, what ran where, and what was skipped."""
+    """The peaks, what ran where, and what was skipped."""
     machine, options = result["machine"], result["options"]
+    turns = "turn" if options["repeat"] == 1 else "turns"
+    rows = _labelled(result["engines"])
+    return [
+        *(f"peaks     {peaks(device)}" for device in result["devices"].values()),
+        f"machine   {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads",
+        f"versions  {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
+        f"medians of {options['repeat']} {turns} after one to warm up; shares are of the peaks, of those of floats",
+        *(f"quality   {row['name']}: {_quality(row['quality'])}" for row in rows if row["quality"]),
+        *(f"skipped   {row['name']}, {test}: {why}" for row in rows for test, why in _skipped(row)),
+        *(f"skipped   {row['name']} {row['target']}: {row['reason']}" for row in result["not_run"]),
+    ]
+
+
+def peaks(device: Mapping[str, Any]) -> str:
+    """A device with the peaks that were measured."""
     reading = [
         f"{peak['median'] / 1e9:.1f} GB/s over {format_bytes(int(size))}"
-        for size, peak in result["peaks"]["bytes_per_s"].items()
+        for size, peak in device["peaks"]["bytes_per_s"].items()
     ]
     computing = [
         f"{peak['median'] / 1e9:.0f} {'GFLOP/s' if dtype.startswith('float') else 'Gop/s'} {dtype}"
-        for dtype, peak in result["peaks"]["ops_per_s"].items()
+        for dtype, peak in device["peaks"]["ops_per_s"].items()
     ]
-    turns = "turn" if options["repeat"] == 1 else "turns"
-    return [
-        f"peaks     {', '.join([*reading, *computing])} (the shares above are of these, and of floats)",
-        f"machine   {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
-        + (f", {machine['gpu']}" if "gpu" in machine else ""),
-        f"versions  {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
-        f"medians of {options['repeat']} {turns} after one to warm up",
-        *(f"skipped   {row['name']}, {test}: {why}" for row in result["engines"] for test, why in _skipped(row)),
-    ]
+    return f"{device['name']}: {', '.join([*reading, *computing])}"
+
+
+def _quality(quality: Mapping[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in quality.items())
 
 
 def _skipped(row: Row) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlcgen import artifact
 from mlcgen.checkpoint import open_checkpoint
-from mlcgen.runtime.load import page_bytes
+from mlcgen.runtime.kv_size import page_bytes
 
 LOOKUPS = ("embedding", "take")  # kernels that read a row of their weights for each token, not all of them
 

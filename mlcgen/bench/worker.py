@@ -32,6 +32,10 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 
 
 def _open(**spec: Any) -> Callable[..., Any]:
+    if spec["engine"] == "webgpu probe":
+        from mlcgen.bench.webgpu_probe import open_webgpu_probe
+
+        return open_webgpu_probe()
     if spec["engine"] == "cuda probe":
         from mlcgen.bench.cuda_probe import open_cuda_probe
 

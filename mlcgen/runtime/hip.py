@@ -191,7 +191,7 @@ class HipDevice:
 
     def load(self, module: bytes, names: Sequence[str]) -> None:
         """Load a code object with the functions of these names."""
-        loaded = self._taken.module
+        loaded, self._taken.image = self._taken.module, module  # which HIP may refer to as long as the module lives
         status = self._hip.hipModuleLoadData(ctypes.byref(loaded), module)
         if status == _NO_BINARY:
             raise DeviceError(f"the kernels are not for this GPU ({architecture()}); compile the model for it")
@@ -251,6 +251,7 @@ class _Taken:
         self.events: list[Any] = []
         self.graphs: list[Any] = []  # executable ones
         self.module = _PTR()
+        self.image = b""
 
     def give_back(self) -> None:
         """Errors are of no use to anyone here."""

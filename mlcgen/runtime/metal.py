@@ -21,7 +21,7 @@ import numpy.typing as npt
 from mlcgen.errors import DeviceError, TargetError
 from mlcgen.runtime.device import Address
 
-INSTALL = "pip install pyobjc-framework-Metal"
+INSTALL = "pip install 'mlcgen[metal]'"
 ALIGNMENT = 256  # of addresses
 LAUNCHES = 256  # that are handed over at once, at most
 

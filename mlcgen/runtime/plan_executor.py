@@ -79,7 +79,8 @@ class PlanExecutor:
         self._max_logit_rows = min(int(plan["max_logit_rows"]), device.largest_binding // (self.vocab_size * 4))
         self._logits = _PinnedRows(device, self.vocab_size)
         self._decode_steps: dict[tuple[int, ...], Step] = {}
-        inputs = self._largest_inputs(manifest)
+        self._room = self._largest_step(manifest)
+        inputs = self._input_layout(self._room, self._room)[2]
         self._inputs = [_Inputs(device, inputs) for _ in range(self.TURNS)]  # of steps of any size
         self._turn = 0
         device.synchronize()
@@ -137,23 +138,33 @@ class PlanExecutor:
 
     def _new_step(self, symbols: dict[str, int], inputs: _Inputs | None = None) -> Step:
         """A step with `inputs`, or with some of its own."""
-        shapes, offsets, num_bytes = self._input_layout(symbols)
+        shapes, offsets, num_bytes = self._input_layout(symbols, self._room if inputs else symbols)
         symbols |= {"num_pages": self.num_pages, **self.device.symbols}
         inputs = inputs or _Inputs(self.device, num_bytes)
         words = inputs.staging.view(np.int32)
         host = {name: words[offsets[name] // 4 :][: prod(shape)].reshape(shape) for name, shape in shapes.items()}
         return Step(inputs, num_bytes, host, offsets, symbols, self._turn)
 
-    def _input_layout(self, symbols: Mapping[str, int]) -> tuple[dict[str, tuple[int, ...]], dict[str, int], int]:
-        """Shapes of the inputs by name, where they begin, and their bytes together."""
+    def _input_layout(
+        self, symbols: Mapping[str, int], room: Mapping[str, int]
+    ) -> tuple[dict[str, tuple[int, ...]], dict[str, int], int]:
+        """Shapes of the inputs by name, where they begin, and their bytes together.
+
+        Each has the place that it needs in a step of `room`, so that steps of other sizes have theirs at the same
+        addresses, for which a device may keep something. Block tables, the largest by far, come last.
+        """
+        shapes, places = self._input_shapes(symbols), self._input_shapes(room)
+        offsets, end, num_bytes = {}, 0, 0
+        for name in sorted(shapes, key=lambda name: name == "block_table"):
+            offsets[name], num_bytes = end, end + _aligned(prod(shapes[name]) * 4)
+            end += _aligned(prod(places[name]) * 4)
+        return shapes, offsets, num_bytes
+
+    def _input_shapes(self, symbols: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         shapes = self.more_inputs(symbols)
         for name, spec in self._plan["inputs"].items():
             shapes[name] = tuple(evaluate(size, symbols) for size in spec["shape"])
-        offsets, end = {}, 0
-        for name, shape in shapes.items():
-            offsets[name] = end
-            end += -(-prod(shape) * 4 // INPUT_ALIGNMENT) * INPUT_ALIGNMENT
-        return shapes, offsets, end
+        return shapes
 
     def more_inputs(self, symbols: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """Shapes of a step's int32 inputs beside the plan's."""
@@ -165,11 +176,11 @@ class PlanExecutor:
     def logits_address(self, step: Step) -> Address:
         return self._tensor_address(step, self._plan["output"])
 
-    def _largest_inputs(self, manifest: Mapping[str, Any]) -> int:
+    def _largest_step(self, manifest: Mapping[str, Any]) -> dict[str, int]:
         tokens = self.max_tokens_per_step
         blocks = -(-int(manifest["context_length"]) // self.page_size) + 1
-        sizes = {"n": tokens, "rows": self._max_logit_rows, "seqs": min(tokens, max(self.max_batch, 1))}
-        return self._input_layout(sizes | {"blocks": blocks})[2]
+        sequences = min(tokens, max(self.max_batch, 1))
+        return {"n": tokens, "rows": self._max_logit_rows, "seqs": sequences, "blocks": blocks}
 
     def _fill(self, step: Step, arrays: Mapping[str, Int32 | None]) -> None:
         """The batch's arrays into pinned memory; what is rounded up becomes sequences of no token."""
@@ -274,6 +285,10 @@ class _PinnedRows:
             raw = self._device.pinned(_power_of_two(count) * self._width * 4)
             self._held = raw.view(np.float32).reshape(-1, self._width)
         return self._held[:count]
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // INPUT_ALIGNMENT) * INPUT_ALIGNMENT
 
 
 def _power_of_two(value: int) -> int:

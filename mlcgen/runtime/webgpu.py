@@ -27,6 +27,7 @@ from mlcgen.runtime.device import Address
 INSTALL = "pip install 'mlcgen[vulkan]'"
 SLOT = 256  # bytes between the numbers of two launches, and what addresses are multiples of: any device's alignment
 LAUNCHES = 1024  # that are handed over at once, at most
+MOST_GROUPS = 8192  # bind groups kept for the next step
 _BINDING = re.compile(r"@binding\((\d+)\)\s*var<(storage, read_write|storage, read|uniform)>")
 _BINDING_TYPES = {"storage, read_write": "storage", "storage, read": "read-only-storage", "uniform": "uniform"}
 # What kernels may be bound to and hold, as much as the device has.
@@ -343,6 +344,8 @@ class WebgpuDevice:
 
     def _group(self, call: _Call, numbers: _Numbers) -> Any:
         key = (id(call.kernel), call.addresses, len(call.numbers))
+        if len(numbers.groups) > MOST_GROUPS:
+            numbers.groups.clear()
         if key not in numbers.groups:
             entries = []
             for i, address in enumerate(call.addresses):

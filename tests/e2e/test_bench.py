@@ -19,4 +19,4 @@ def test_an_artifact_against_the_machine(small_artifact: Path) -> None:
         "prefill_flops_per_s",
         "prefill_peak_share",
     }
-    assert result["peaks"]["ops_per_s"]["float32"]["median"] > 0
+    assert result["devices"]["cpu"]["peaks"]["ops_per_s"]["float32"]["median"] > 0

@@ -12,12 +12,12 @@ import pytest
 from mlcgen.bench import process
 from mlcgen.bench.engines import PEERS
 from mlcgen.bench.process import Worker
-from mlcgen.bench.run import Contestant, Options, bench, ratios, summaries
+from mlcgen.bench.run import PROBES, Contestant, Options, bench, ratios, sizes, summaries
 from mlcgen.bench.table import footer, tables
 from mlcgen.bench.work import DecodeReads
 from mlcgen.checkpoint.source import gguf_file
 from mlcgen.cli import main
-from mlcgen.errors import BenchError
+from mlcgen.errors import BenchError, TargetError
 
 # Answers as a worker does; peers are twice as fast.
 ENGINE = """
@@ -28,6 +28,9 @@ def answer(result):
 answer(None)
 for line in sys.stdin:
     request = json.loads(line)
+    if spec["engine"] == "perplexity":
+        answer({"ppl": 8.5})
+        continue
     if spec["engine"] == "probe":
         sizes = {str(size): 1e9 for size in request["sizes"]}
         answer({"bytes_per_s": sizes, "ops_per_s": {"float32": 1e10, "int8": 4e10}})
@@ -87,7 +90,23 @@ def artifact(tmp_path: Path) -> Path:
     path.mkdir()
     (path / "manifest.json").write_text(json.dumps(MANIFEST))
     (path / "report.json").write_text(json.dumps({"cpu": {"kernels": KERNELS, "fallbacks": []}}))
+    (path / "lib").mkdir()
+    (path / "lib/cpu.so").write_bytes(b"1234")
     return path
+
+
+@pytest.fixture
+def with_more_targets(artifact: Path) -> Path:
+    """Two that every CPU runs, and one that no machine does."""
+    cpu = MANIFEST["targets"][0]
+    others = [{**cpu, "name": "cpu:plain"}, {**cpu, "name": "cpu:pdp11", "arch": "pdp11"}]
+    verified = {"target": "cpu", "kl_divergence": 0.25, "top1_agreement": 0.75}
+    (artifact / "manifest.json").write_text(
+        json.dumps({**MANIFEST, "targets": [cpu, *others], "verify": verified, "versions": {"mlcgen": "0.1.0"}})
+    )
+    report = {"kernels": KERNELS, "fallbacks": []}
+    (artifact / "report.json").write_text(json.dumps({"cpu": report, "cpu:plain": report, "cpu:pdp11": report}))
+    return artifact
 
 
 @pytest.fixture
@@ -170,12 +189,64 @@ def test_the_tables(result: dict[str, Any]) -> None:
     assert "decode of a batch: it was compiled for 4 sequences at most, not 8" in text
 
 
+def test_every_target_is_a_row(with_more_targets: Path, fake_engines: None) -> None:
+    result = bench([with_more_targets], ["all"], options=OPTIONS)
+    assert [row["target"] for row in result["engines"]] == ["cpu", "cpu:plain"]
+    for row in result["engines"]:
+        assert (row["kind"], row["device"]) == ("cpu", result["devices"]["cpu"]["name"])
+        assert row["metrics"]["decode_tokens_per_s"]["samples"] == [10.0, 10.0]
+        assert row["size"] == {"weights_bytes": 1, "code_bytes": 4}
+        assert row["versions"] == {"mlcgen": "0.1.0"}
+    assert [row["quality"] for row in result["engines"]] == [{"kl_divergence": 0.25, "top1_agreement": 0.75}, {}]
+    (absent,) = result["not_run"]
+    assert absent["target"] == "cpu:pdp11"
+    assert absent["reason"].startswith("compiled, not run: needs pdp11, this is ")
+    assert [row[0].rpartition(" ")[2] for row in tables(result)[0][1]] == ["cpu", "cpu:plain"]
+    assert any("cpu:pdp11: compiled, not run" in line for line in footer(result))
+    assert any("kl divergence 0.25" in line for line in footer(result))
+
+
+def test_named_targets(with_more_targets: Path, fake_engines: None) -> None:
+    result = bench([with_more_targets], ["cpu:plain", "cpu:plain"], options=OPTIONS)
+    assert [row["target"] for row in result["engines"]] == ["cpu:plain"]
+    assert [row[0] for row in tables(result)[0][1]] == [str(with_more_targets)]
+    with pytest.raises(TargetError, match="target 'cuda' is not in this artifact"):
+        bench([with_more_targets], ["cpu", "cuda"], options=OPTIONS)
+    with pytest.raises(TargetError, match="needs pdp11"):
+        bench([with_more_targets], ["cpu:pdp11"], options=OPTIONS)
+
+
+def test_no_target_that_runs_here(artifact: Path) -> None:
+    target = {**MANIFEST["targets"][0], "arch": "pdp11"}
+    (artifact / "manifest.json").write_text(json.dumps({**MANIFEST, "targets": [target]}))
+    with pytest.raises(TargetError, match="no target that runs here"):
+        bench([artifact], ["all"], options=OPTIONS)
+
+
+def test_the_peaks_of_each_device(artifact: Path) -> None:
+    contestants = [
+        Contestant("a", "mlcgen", "a", 1, reads=DecodeReads(100, 1), kind="cpu"),
+        Contestant("a", "mlcgen", "a", 1, reads=DecodeReads(50, 1), kind="cuda"),
+        Contestant("b", "mlcgen", "b", 1, reads=DecodeReads(10, 1), kind="cpu"),
+        Contestant("openvino", "openvino", "c", 1, kind="webgpu"),
+    ]
+    assert {kind: sizes(contestants, kind) for kind in PROBES} == {"cpu": [10, 100], "cuda": [50], "webgpu": []}
+
+
+def test_perplexity_is_measured_where_there_is_a_text(artifact: Path, tmp_path: Path, fake_engines: None) -> None:
+    result = bench([artifact], options=OPTIONS, text=tmp_path / "some.txt")
+    assert result["engines"][0]["quality"] == {"perplexity": 8.5}
+    assert result["options"]["text"] == "some.txt"
+
+
 def test_the_verb_prints_and_writes(
     artifact: Path, tmp_path: Path, fake_engines: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["bench", str(artifact), "--prompt", "16", "--tokens", "4", "--repeat", "1", "--threads", "1"]
-    assert main([*line, "--json", str(tmp_path / "out.json")]) == 0
+    files = ["--json", str(tmp_path / "out.json"), "--html", str(tmp_path / "out.html")]
+    assert main([*line, "-t", "cpu", "-t", "auto", *files]) == 0
     assert "machine" in capsys.readouterr().out
+    assert 'value="10.0"' in (tmp_path / "out.html").read_text()
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["options"]["prompt"] == 16
     assert written["engines"][0]["metrics"]["decode_tokens_per_s"]["samples"] == [10.0]

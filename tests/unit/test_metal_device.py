@@ -203,7 +203,7 @@ def test_no_metal(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> None:
     monkeypatch.setattr(sys.modules["Metal"], "MTLCreateSystemDefaultDevice", lambda: None)
     assert metal.missing() == "Metal finds no GPU"
     monkeypatch.setitem(sys.modules, "Metal", None)
-    assert metal.missing() == "the package for Metal is not installed: pip install pyobjc-framework-Metal"
+    assert metal.missing() == "the package for Metal is not installed: pip install 'mlcgen[metal]'"
     monkeypatch.setattr(sys, "platform", "linux")
     with pytest.raises(TargetError, match="Metal is part of macOS only; run on another target"):
         MetalDevice()
