@@ -20,7 +20,7 @@ from mlcgen.bench.result import VERSION
 from mlcgen.bench.work import DecodeReads, artifact_reads, gguf_reads, prefill_flops, torch_reads
 from mlcgen.checkpoint.source import gguf_file
 from mlcgen.errors import BenchError
-from mlcgen.runtime import cuda, webgpu
+from mlcgen.runtime import cuda, hip, metal, webgpu
 from mlcgen.runtime.cpu import host_cpu_name, usable_cores
 from mlcgen.runtime.cuda import CudaDevice
 from mlcgen.runtime.target_choice import cannot_run, choose_target
@@ -321,7 +321,8 @@ def _result(
     peaks: Mapping[str, Sequence[Any]],
     options: Options,
 ) -> dict[str, Any]:
-    devices = {kind: {"name": _device_name(kind), "peaks": _limits(turns)} for kind, turns in peaks.items()}
+    kinds = dict.fromkeys(each.kind for each in contestants)
+    devices = {kind: {"name": _device_name(kind), "peaks": _limits(peaks.get(kind, ()))} for kind in kinds}
     rows = [_row(each, summaries(samples[each]), devices[each.kind], options) for each in contestants]
     peers = {row["name"]: row["metrics"] for row in rows if row["engine"] != "mlcgen"}
     for row in rows:
@@ -342,12 +343,17 @@ def _result(
 def _device_name(kind: str) -> str:
     if kind == "cuda":
         return CudaDevice().name
+    if kind == "rocm":
+        return hip.HipDevice().name
+    if kind == "metal":
+        return metal.MetalDevice().name
     adapter = webgpu.adapter() if kind == "webgpu" else None
     return adapter.name if adapter else host_cpu_name()
 
 
 def _limits(turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {peak: summaries([turn[peak] for turn in turns]) for peak in turns[0]}
+    """Empty for a device that has no probe."""
+    return {peak: summaries([turn[peak] for turn in turns]) for peak in ("bytes_per_s", "ops_per_s")}
 
 
 def _row(
@@ -424,8 +430,8 @@ def _achieved(
     decode, reads = metrics.get("decode_tokens_per_s"), contestant.reads
     if decode and reads:
         result["decode_bytes_per_s"] = decode["median"] * reads.step(options.prompt + options.tokens / 2)
-        peak = limits["bytes_per_s"][str(reads.weights)]["median"]
-        result["decode_peak_share"] = result["decode_bytes_per_s"] / peak
+        if peak := limits["bytes_per_s"].get(str(reads.weights)):
+            result["decode_peak_share"] = result["decode_bytes_per_s"] / peak["median"]
     if contestant.flops:
         result["prefill_flops_per_s"] = contestant.flops * metrics["prefill_tokens_per_s"]["median"] / options.prompt
         ops = limits["ops_per_s"]

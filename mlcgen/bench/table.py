@@ -125,7 +125,7 @@ def peaks(device: Mapping[str, Any]) -> str:
         f"{peak['median'] / 1e9:.0f} {'GFLOP/s' if dtype.startswith('float') else 'Gop/s'} {dtype}"
         for dtype, peak in device["peaks"]["ops_per_s"].items()
     ]
-    return f"{device['name']}: {', '.join([*reading, *computing])}"
+    return f"{device['name']}: {', '.join([*reading, *computing]) or 'not measured'}"
 
 
 def _quality(quality: Mapping[str, float]) -> str:

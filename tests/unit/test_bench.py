@@ -233,6 +233,16 @@ def test_the_peaks_of_each_device(artifact: Path) -> None:
     assert {kind: sizes(contestants, kind) for kind in PROBES} == {"cpu": [10, 100], "cuda": [50], "webgpu": []}
 
 
+def test_a_device_without_a_probe_has_no_shares(
+    artifact: Path, fake_engines: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlcgen.bench.run.PROBES", {})
+    result = bench([artifact], options=OPTIONS)
+    assert result["devices"]["cpu"]["peaks"] == {"bytes_per_s": {}, "ops_per_s": {}}
+    assert set(result["engines"][0]["achieved"]) == {"decode_bytes_per_s", "prefill_flops_per_s"}
+    assert "not measured" in footer(result)[0]
+
+
 def test_perplexity_is_measured_where_there_is_a_text(artifact: Path, tmp_path: Path, fake_engines: None) -> None:
     result = bench([artifact], options=OPTIONS, text=tmp_path / "some.txt")
     assert result["engines"][0]["quality"] == {"perplexity": 8.5}
