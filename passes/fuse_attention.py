@@ -13,14 +13,14 @@ from tvm import IRModule, relax, tirx
 from tvm.relax.analysis import free_vars
 
 from mlcgen.passes.rewrite import FORWARD, Rewriter, bindings, is_op, rewrite
-from mlcgen.targets.base import Attention, PlanKernels, Target
+from mlcgen.targets.base import Attention, Target, TurningKernels
 from mlcgen.targets.device_kernel import KEY
 
 
 def fuse_attention(mod: IRModule, target: Target) -> IRModule:
     if not target.turns_in_attention:
         return mod
-    kernels = cast(PlanKernels, target.kernels)
+    kernels = cast(TurningKernels, target.kernels)
     values = bindings(mod)
     readers = Counter(var for expr in (*values.values(), mod[FORWARD].body.body) for var in free_vars(expr))
 
@@ -38,7 +38,7 @@ def fuse_attention(mod: IRModule, target: Target) -> IRModule:
     return rewrite(mod, rule)
 
 
-def _attention(mod: IRModule, kernels: PlanKernels, value: relax.Expr) -> Attention | None:
+def _attention(mod: IRModule, kernels: TurningKernels, value: relax.Expr) -> Attention | None:
     """What a call of paged_attention computes; None for any other value."""
     kernel = kernels.device_kernel(mod[value.args[0]]) if is_op(value, "relax.call_tir") else None
     spec = kernel and kernel.spec
@@ -57,7 +57,7 @@ def _before(
     return values[pair] if [readers[v] for v in (*read, pair)] == [1, 1, 2] else None
 
 
-def _rope_append(kernels: PlanKernels, spec: Attention) -> tirx.PrimFunc:
+def _rope_append(kernels: TurningKernels, spec: Attention) -> tirx.PrimFunc:
     return kernels.rope_append(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.page_size, spec.kv_dtype)
 
 

@@ -55,10 +55,6 @@ class Kernels(Protocol):
 class PlanKernels(Kernels, Protocol):
     """Those of a target whose executor runs launch plans: PrimFuncs that stand for device_kernel.DeviceKernel."""
 
-    def rope_attention(self, spec: Attention) -> Any:
-        """rope_append, then paged_attention; for targets that turn queries and keys there (turns_in_attention)."""
-        ...
-
     def device_kernel(self, placeholder: Any) -> Any:
         """The kernel that a PrimFunc stands for; None if TVM is to generate its code."""
         ...
@@ -73,6 +69,14 @@ class PlanKernels(Kernels, Protocol):
 
     def build(self, codes: Mapping[str, Any]) -> tuple[bytes, dict[str, dict[str, int]]]:
         """(what the device loads, registers and spills of each function where the compiler tells) of all Code."""
+        ...
+
+
+class TurningKernels(PlanKernels, Protocol):
+    """Those of a target that turns queries and keys in attention (turns_in_attention)."""
+
+    def rope_attention(self, spec: Attention) -> Any:
+        """rope_append, then paged_attention."""
         ...
 
 

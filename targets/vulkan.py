@@ -70,6 +70,3 @@ class WebgpuKernels(KeyedKernels):
     @functools.cache  # noqa: B019
     def paged_attention(self, spec: Attention) -> Any:
         return self.placeholder(webgpu_kernels.paged_attention(spec))
-
-    def rope_attention(self, spec: Attention) -> Any:
-        raise NotImplementedError("the target does not turn queries and keys in attention")

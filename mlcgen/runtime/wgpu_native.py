@@ -9,7 +9,7 @@ import numpy.typing as npt
 def unchecked_module(device: Any, text: str) -> Any:
     """A shader module without the checks of indices and loops that WebGPU adds to what web pages bring.
 
-    They take up to a third of a kernel's time, and an artifact's kernels are as trusted as machine code is.
+    They take 3 to 17% of a product's time on an H100, and an artifact's kernels are as trusted as machine code is.
     """
     from wgpu.backends.wgpu_native import ffi, lib
     from wgpu.backends.wgpu_native._api import GPUShaderModule
