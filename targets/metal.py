@@ -26,5 +26,6 @@ def _kernels() -> "MetalKernels":
 class MetalKernels(WebgpuKernels):
     """The Kernels in WGSL, translated to Metal's C++: in single precision only, the translation knows no other."""
 
-    def build(self, codes: Mapping[str, Code]) -> tuple[bytes, dict[str, dict[str, int]]]:
-        return metal_build.metal_source(codes).encode(), {}
+    def module(self, codes: Mapping[str, Code]) -> bytes:
+        """See WebgpuKernels.module."""
+        return metal_build.metal_source(codes).encode()

@@ -41,5 +41,6 @@ class RocmKernels(WebgpuKernels):
         super().__init__(can_be_half=False)
         self.arch = arch
 
-    def build(self, codes: Mapping[str, Code]) -> tuple[bytes, dict[str, dict[str, int]]]:
-        return rocm_build.compile_hip(rocm_build.hip_source(codes), self.arch), {}
+    def module(self, codes: Mapping[str, Code]) -> bytes:
+        """See WebgpuKernels.module."""
+        return rocm_build.compile_hip(rocm_build.hip_source(codes), self.arch)

@@ -52,7 +52,11 @@ class WebgpuKernels(KeyedKernels):
         return webgpu_codegen.generate(functions)
 
     def build(self, codes: Mapping[str, Code]) -> tuple[bytes, dict[str, dict[str, int]]]:
-        return webgpu_codegen.build(codes), {}
+        return self.module({**codes, "sampling": webgpu_kernels.sampling()}), {}
+
+    def module(self, codes: Mapping[str, Code]) -> bytes:
+        """What the device loads, of all functions."""
+        return webgpu_codegen.build(codes)
 
     # Every layer asks for the same kernels.
     @functools.cache  # noqa: B019  (targets are few and live as long as the process)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from mlcgen.runtime.device import Address, Device
 from mlcgen.runtime.executor import Float32, Int32
+from mlcgen.runtime.pinned import Mirrored, PinnedRows
 from mlcgen.runtime.sampler import Sampled, Sampler, SamplingParams
 
 __all__ = ["FUNCTIONS", "DeviceSampler"]
@@ -36,19 +37,23 @@ class DeviceSampler:
     def __init__(self, device: Device, vocab_size: int, max_rows: int) -> None:
         self._device, self._vocab, self._max_rows = device, vocab_size, max_rows
         self._mask_words = -(-vocab_size // 32)
-        self._inputs = _Mirrored(device, max_rows * (_ROW.size + 64 * _WORD))
-        self._results = _Mirrored(device, max_rows * (3 + 2 * MAX_LOGPROBS) * _WORD)
+        self._inputs = Mirrored(device, max_rows * (_ROW.size + 64 * _WORD), "sampling")
+        self._results = Mirrored(device, max_rows * (3 + 2 * MAX_LOGPROBS) * _WORD, "sampling")
         self._num_parts = min(-(-vocab_size // _PART), _MAX_PARTS)
         self._parts = device.allocate(max_rows * self._num_parts * 2 * _WORD, "sampling")
         self._counters = device.allocate(max_rows * _WORD, "sampling")
-        self._host_logits = np.zeros((0, vocab_size), np.float32)
+        self._host_logits = PinnedRows(device, vocab_size)
         self._samplers: Sequence[Sampler] = ()  # of the step that has been started
         self._host_rows: list[int] = []
 
     @property
     def token_ids(self) -> Address:
-        """Where the step's tokens are on the device, (rows,) int32; those of host rows are not among them."""
+        """See DeviceSampling.token_ids; those of host rows are not among them."""
         return self._results.address
+
+    def looks_ahead(self, samplers: Sequence[Sampler]) -> bool:
+        """See DeviceSampling.looks_ahead."""
+        return not any(sampler.has_history or _needs_host(sampler.params) for sampler in samplers)
 
     def start(self, logits: Address, samplers: Sequence[Sampler], masks: Mapping[int, Mask] | None = None) -> None:
         """Start sampling from logits (rows, vocab) float32 on the device, which are the same again afterwards.
@@ -59,7 +64,7 @@ class DeviceSampler:
         assert len(samplers) <= self._max_rows
         masks = masks or {}
         self._samplers = samplers
-        self._host_rows = [row for row, sampler in enumerate(samplers) if needs_host(sampler.params)]
+        self._host_rows = [row for row, sampler in enumerate(samplers) if _needs_host(sampler.params)]
         assert not any(row in masks for row in self._host_rows), "the host applies no masks"
         if not samplers:
             return
@@ -84,7 +89,7 @@ class DeviceSampler:
             sampler.record(sampled.tokens[row])
             if sampler.params.logprobs is not None:
                 sampled.logprobs[row] = self._logprobs(row, rows, sampler.params.logprobs, sampled.tokens[row])
-        for logits, row in zip(self._host_logits, self._host_rows, strict=False):
+        for logits, row in zip(self._host_logits.rows(len(self._host_rows)), self._host_rows, strict=True):
             _sample_on_host(samplers[row], logits, sampled, row)
         return sampled
 
@@ -125,10 +130,7 @@ class DeviceSampler:
         return masks_at, changes_at, end
 
     def _download_host_rows(self, logits: Address) -> None:
-        if len(self._host_rows) > len(self._host_logits):
-            raw = self._device.pinned(_power_of_two(len(self._host_rows)) * self._vocab * _WORD)
-            self._host_logits = raw.view(np.float32).reshape(-1, self._vocab)
-        for held, row in zip(self._host_logits, self._host_rows, strict=False):
+        for held, row in zip(self._host_logits.rows(len(self._host_rows)), self._host_rows, strict=True):
             self._device.download(held, logits + row * self._vocab * _WORD)
 
     def _logprobs(self, row: int, rows: int, count: int, token: int) -> dict[int, float]:
@@ -166,32 +168,7 @@ class _Changes:
         return start, seen, banned, end
 
 
-class _Mirrored:
-    """Memory of the device with pinned memory of the host for its contents."""
-
-    def __init__(self, device: Device, num_bytes: int) -> None:
-        self._device = device
-        self._allocate(num_bytes)
-
-    def reserve(self, num_bytes: int) -> None:
-        """Room for this much; the contents may be lost."""
-        if num_bytes > len(self.host):
-            self._device.free(self.address)
-            self._allocate(_power_of_two(num_bytes))
-
-    def upload(self, num_bytes: int) -> None:
-        self._device.upload(self.address, self.host[:num_bytes])
-
-    def download(self, num_bytes: int) -> None:
-        self._device.download(self.host[:num_bytes], self.address)
-
-    def _allocate(self, num_bytes: int) -> None:
-        num_bytes = -(-num_bytes // 16) * 16
-        self.address = self._device.allocate(num_bytes, "sampling")
-        self.host = self._device.pinned(num_bytes)
-
-
-def needs_host(params: SamplingParams) -> bool:
+def _needs_host(params: SamplingParams) -> bool:
     """Whether a row's token is chosen on the host."""
     return params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS
 
@@ -218,7 +195,3 @@ def _sample_on_host(sampler: Sampler, logits: Float32, sampled: Sampled, row: in
         best = int(logits.argmax())
         token = sampled.tokens[row] = sampler.sample(logits, best)
         sampled.logprobs[row] = sampler.logprobs(logits, best, token)
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()

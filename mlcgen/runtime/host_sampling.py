@@ -3,10 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from mlcgen.runtime.executor import Executor, Int32, StepInput
+from mlcgen.runtime.executor import Executor, Float32, Int32, StepInput
 from mlcgen.runtime.sampler import Sampled, Sampler
 
-__all__ = ["HostSampling"]
+__all__ = ["HostSampling", "sample_rows"]
 
 
 class HostSampling:
@@ -31,14 +31,18 @@ class HostSampling:
         (batch, samplers), self._batch = self._batch, None
         logits = self._executor.step(batch)  # (rows, vocab)
         assert logits.shape == (len(samplers), self._executor.vocab_size), logits.shape
-        best = logits.argmax(axis=1).tolist()
-        sampled = Sampled(best, [float(row[top]) for row, top in zip(logits, best, strict=True)], [None] * len(best))
-        for i, (sampler, row) in enumerate(zip(samplers, logits, strict=True)):
-            top = best[i]
-            if not math.isfinite(sampled.maxima[i]):  # a NaN wins the argmax
-                continue
-            if not sampler.is_argmax:
-                sampled.tokens[i] = sampler.sample(row, top)
-            if sampler.params.logprobs is not None:
-                sampled.logprobs[i] = sampler.logprobs(row, top, sampled.tokens[i])
-        return sampled
+        return sample_rows(logits, samplers)
+
+
+def sample_rows(logits: Float32, samplers: Sequence[Sampler]) -> Sampled:
+    """logits: (rows, vocab), a row for each sampler."""
+    best = logits.argmax(axis=1).tolist()
+    sampled = Sampled(list(best), [float(row[top]) for row, top in zip(logits, best, strict=True)], [None] * len(best))
+    for i, (sampler, row) in enumerate(zip(samplers, logits, strict=True)):
+        if not math.isfinite(sampled.maxima[i]):  # a NaN wins the argmax
+            continue
+        if not sampler.is_argmax:
+            sampled.tokens[i] = sampler.sample(row, best[i])
+        if sampler.params.logprobs is not None:
+            sampled.logprobs[i] = sampler.logprobs(row, best[i], sampled.tokens[i])
+    return sampled

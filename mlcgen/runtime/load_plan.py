@@ -23,16 +23,17 @@ def load_plan(
     memory_utilization: float,
 ) -> Executor:
     """weights: arrays by name; None: random ones. Raises as load_executor does."""
-    from mlcgen.runtime import device_sampler, device_weights
+    from mlcgen.runtime import argmax_sampler, device_sampler, device_weights
     from mlcgen.runtime.plan import check_fit, function_names, read_plan
-    from mlcgen.runtime.plan_executor import PlanExecutor
     from mlcgen.runtime.sampling_executor import TAKE_TOKENS, SamplingPlanExecutor
 
     plan = read_plan(plan_file)
     check_fit(plan, manifest, weights)
-    device, names = _device(kind), function_names(plan)
-    if kind == "cuda":  # whose module also has what prepares weights and chooses tokens
-        names += [*device_weights.FUNCTIONS, *device_sampler.FUNCTIONS, TAKE_TOKENS]
+    device, names = _device(kind), [*function_names(plan), TAKE_TOKENS]
+    if kind == "cuda":
+        names += [*device_weights.FUNCTIONS, *device_sampler.FUNCTIONS]
+    else:
+        names += argmax_sampler.FUNCTIONS
     _check_bindings(plan, device)
     device.load(base64.b64decode(plan["module"]), names)
     if weights is None and kind == "cuda":
@@ -41,8 +42,8 @@ def load_plan(
         given = weights or device_weights.Random(plan["weights"])
         addresses = device_weights.upload_weights(device, plan["weights"], given)
     num_pages = _num_pages(device, plan, manifest, num_pages, max_batch, memory_utilization)
-    executor = SamplingPlanExecutor if kind == "cuda" else PlanExecutor
-    return executor(device, plan, manifest, addresses, num_pages)
+    sampling = device_sampler.DeviceSampler if kind == "cuda" else argmax_sampler.ArgmaxSampler
+    return SamplingPlanExecutor(device, plan, manifest, addresses, num_pages, sampling)
 
 
 def _device(kind: str) -> Device:

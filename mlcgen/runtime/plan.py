@@ -12,7 +12,7 @@ from typing import Any
 from mlcgen.errors import ArtifactError
 from mlcgen.runtime.sizes import MAX_DEPTH, OPERATORS, Size, evaluate
 
-VERSION = 1
+VERSION = 2
 ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "uint8": 1, "int64": 8}
 TILED = ("float32", "float16", "uint16")  # types whose tiles the device can put in order
 MAP_DTYPES = ("uint32", "float16", "bfloat16")

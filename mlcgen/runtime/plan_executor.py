@@ -16,6 +16,7 @@ import numpy as np
 from mlcgen.errors import RequestError
 from mlcgen.runtime.device import Address, Device
 from mlcgen.runtime.executor import Float32, Int32, StepInput
+from mlcgen.runtime.pinned import PinnedRows, power_of_two
 from mlcgen.runtime.plan import ITEM_BYTES
 from mlcgen.runtime.sizes import evaluate
 
@@ -77,7 +78,7 @@ class PlanExecutor:
         self._constants = [self._upload_constant(constant) for constant in plan["constants"]]
         self._weights = weights
         self._max_logit_rows = min(int(plan["max_logit_rows"]), device.largest_binding // (self.vocab_size * 4))
-        self._logits = _PinnedRows(device, self.vocab_size)
+        self._logits = PinnedRows(device, self.vocab_size)
         self._decode_steps: dict[tuple[int, ...], Step] = {}
         self._room = self._largest_step(manifest)
         inputs = self._input_layout(self._room, self._room)[2]
@@ -121,8 +122,8 @@ class PlanExecutor:
 
     def _decode_step(self, batch: StepInput) -> Step:
         """Of a number of sequences and a width of their block tables that are powers of two."""
-        size = min(_power_of_two(len(batch.seq_lens)), self.max_batch)
-        blocks = _power_of_two(batch.block_table.shape[1])
+        size = min(power_of_two(len(batch.seq_lens)), self.max_batch)
+        blocks = power_of_two(batch.block_table.shape[1])
         key = (self._turn, size, blocks)
         if key not in self._decode_steps:
             symbols = {"n": size, "rows": size, "seqs": size, "blocks": blocks}
@@ -133,7 +134,7 @@ class PlanExecutor:
         n, seqs = len(batch.input_ids), len(batch.seq_lens)
         rows, blocks = max(len(batch.logit_rows), 1), batch.block_table.shape[1]
         symbols = {"n": n, "rows": rows, "seqs": seqs, "blocks": blocks}
-        longest = _power_of_two(int(batch.seq_lens.max(initial=1)))
+        longest = power_of_two(int(batch.seq_lens.max(initial=1)))
         return self._new_step(symbols | {"is_decode": 0, "longest": longest}, self._inputs[self._turn])
 
     def _new_step(self, symbols: dict[str, int], inputs: _Inputs | None = None) -> Step:
@@ -273,23 +274,5 @@ _PADDING: dict[str, int | None] = {
 }
 
 
-class _PinnedRows:
-    """Host memory for logits, as many rows as were ever asked for."""
-
-    def __init__(self, device: Device, width: int) -> None:
-        self._device, self._width = device, width
-        self._held = np.zeros((0, width), np.float32)
-
-    def rows(self, count: int) -> Float32:
-        if count > len(self._held):
-            raw = self._device.pinned(_power_of_two(count) * self._width * 4)
-            self._held = raw.view(np.float32).reshape(-1, self._width)
-        return self._held[:count]
-
-
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // INPUT_ALIGNMENT) * INPUT_ALIGNMENT
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()

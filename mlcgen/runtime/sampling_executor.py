@@ -1,17 +1,37 @@
-"""The `plan` executor of devices that choose tokens themselves (kernels: sample.cuh): a step ahead of the host."""
+"""The `plan` executor with the choice of tokens on the device, a step ahead of the host."""
 
 import ctypes
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from mlcgen.runtime.device import Address, Device
-from mlcgen.runtime.device_sampler import DeviceSampler, needs_host
 from mlcgen.runtime.executor import Int32, StepInput
 from mlcgen.runtime.plan_executor import PlanExecutor, Step
 from mlcgen.runtime.sampler import Sampled, Sampler
 
 TAKE_TOKENS = "take_tokens"
+
+
+class DeviceSampling(Protocol):
+    """Chooses a token for each row as Sampler.sample does, from logits on the device."""
+
+    @property
+    def token_ids(self) -> Address:
+        """Where the step's tokens are on the device, (rows,) int32."""
+        ...
+
+    def looks_ahead(self, samplers: Sequence[Sampler]) -> bool:
+        """See SamplingExecutor.looks_ahead."""
+        ...
+
+    def start(self, logits: Address, samplers: Sequence[Sampler]) -> None:
+        """Start sampling from logits (rows, vocab) float32, which are the same again afterwards."""
+        ...
+
+    def finish(self) -> Sampled:
+        """What `start` started, after the device was waited for. Each sampler has recorded its token."""
+        ...
 
 
 class SamplingPlanExecutor(PlanExecutor):
@@ -26,14 +46,16 @@ class SamplingPlanExecutor(PlanExecutor):
         manifest: Mapping[str, Any],
         weights: Mapping[str, Address],
         num_pages: int,
+        sampling: Callable[[Device, int, int], DeviceSampling],
     ) -> None:
+        """sampling(device, vocabulary's size, most rows)"""
         super().__init__(device, plan, manifest, weights, num_pages)
-        self._samplers = [DeviceSampler(device, self.vocab_size, self.max_batch) for _ in range(self.TURNS)]
+        self._samplers = [sampling(device, self.vocab_size, self.max_batch) for _ in range(self.TURNS)]
         self._started: deque[int] = deque()  # turns under way
 
     def looks_ahead(self, samplers: Sequence[Sampler]) -> bool:
         """See SamplingExecutor.looks_ahead."""
-        return not any(sampler.has_history or needs_host(sampler.params) for sampler in samplers)
+        return self._samplers[0].looks_ahead(samplers)
 
     def start(self, batch: StepInput, samplers: Sequence[Sampler], sampled_rows: Int32 | None = None) -> None:
         """See SamplingExecutor.start."""

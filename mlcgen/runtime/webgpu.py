@@ -126,6 +126,16 @@ class Graph:
     ready: Any = None  # commands that can be submitted once: WebGPU has none that can be submitted again
 
 
+@dataclass(eq=False)
+class _Downloads:
+    """Copies to the host: to where, and from where in a buffer that the host can read."""
+
+    staging: Any = None
+    copies: list[tuple[npt.NDArray[Any], int]] = field(default_factory=list)
+    end: int = 0  # of what is in use of the buffer
+    submission: int = 0  # with which they have ended
+
+
 class WebgpuDevice:
     """One device and its memory; see runtime.device.Device."""
 
@@ -149,10 +159,12 @@ class WebgpuDevice:
         self._numbers = _Numbers(self, LAUNCHES)
         self._calls: list[_Call] = []  # not yet handed over
         self._commands: list[Any] = []  # likewise, before the calls
-        self._replayed: Graph | None = None
+        self._replayed: list[Graph] = []  # since the last wait
         self._recording: Graph | None = None
-        self._staging: Any = None
-        self._downloads: list[tuple[npt.NDArray[Any], int]] = []  # to where, and from where in _staging
+        self._submission = 0  # the last one
+        self._downloads = _Downloads()  # not yet marked
+        self._marked: list[_Downloads | None] = [None, None]
+        self._idle: list[_Downloads] = []  # whose buffers can be used again
 
     @property
     def name(self) -> str:
@@ -216,22 +228,24 @@ class WebgpuDevice:
 
     def download(self, to: npt.NDArray[Any], source: Address) -> None:
         """See Device.download."""
-        offset = self._downloads[-1][1] + -(-self._downloads[-1][0].nbytes // SLOT) * SLOT if self._downloads else 0
-        staging, buffer = self._staging_of(offset + to.nbytes), self._buffer(source)
-        encoder = self._encoded_calls()
-        encoder.copy_buffer_to_buffer(buffer.wgpu, source - buffer.start, staging, offset, -(-to.nbytes // 4) * 4)
+        size, buffer = -(-to.nbytes // 4) * 4, self._buffer(source)
+        self._make_room(size)
+        downloads, encoder = self._downloads, self._encoded_calls()
+        encoder.copy_buffer_to_buffer(buffer.wgpu, source - buffer.start, downloads.staging, downloads.end, size)
         self._commands.append(encoder.finish())
-        self._downloads.append((to, offset))
+        downloads.copies.append((to, downloads.end))
+        downloads.end += -(-size // SLOT) * SLOT
 
-    def _staging_of(self, num_bytes: int) -> Any:
-        """A buffer that the host can read, of at least so many bytes."""
+    def _make_room(self, num_bytes: int) -> None:
+        """For so many bytes more in the buffer that the host can read."""
         import wgpu
 
-        if self._staging is None or self._staging.size < num_bytes:
+        downloads = self._downloads
+        if downloads.staging is None or downloads.staging.size < downloads.end + num_bytes:
+            size = -(-(downloads.end + num_bytes) // SLOT) * SLOT
             self.synchronize()
             usage = wgpu.BufferUsage.MAP_READ | wgpu.BufferUsage.COPY_DST
-            self._staging = self._device.create_buffer(size=-(-num_bytes // SLOT) * SLOT, usage=usage)
-        return self._staging
+            self._downloads.staging = self._device.create_buffer(size=size, usage=usage)
 
     def _buffer(self, address: Address) -> _Buffer:
         index = bisect.bisect_right(self._starts, address) - 1
@@ -314,7 +328,8 @@ class WebgpuDevice:
         for to, array in graph.uploads:
             self._write(to, array)
         self._commands.append(graph.ready or self._encode(graph.calls, graph.numbers).finish())
-        graph.ready, self._replayed = None, graph
+        graph.ready = None
+        self._replayed.append(graph)
         self._flush()  # the device can begin while the rest of a step is prepared
 
     def _encoded_calls(self) -> Any:
@@ -369,7 +384,7 @@ class WebgpuDevice:
             if self._calls:
                 self._commands.append(self._encoded_calls().finish())
             if self._commands:
-                self._device.queue.submit(self._commands)
+                self._submission = wgpu_native.submit(self._device, self._commands)
         except (wgpu.GPUError, RuntimeError) as error:
             raise DeviceError(f"{self.name}: {str(error)[:400]}") from error
         finally:
@@ -378,26 +393,51 @@ class WebgpuDevice:
     def synchronize(self) -> None:
         """See Device.synchronize."""
         self._flush()
-        if self._replayed is not None:  # most likely it comes again: while the device is busy, its commands are free
-            self._replayed.ready = self._encode(self._replayed.calls, self._replayed.numbers).finish()
-            self._replayed = None
-        if not self._downloads:
-            wgpu_native.wait(self._device)
-            return
-        downloads, self._downloads = self._downloads, []
-        end = downloads[-1][1] + -(-downloads[-1][0].nbytes // 4) * 4
-        try:
-            with wgpu_native.Mapped(self._device, self._staging, end) as held:
-                for to, offset in downloads:
-                    to.reshape(-1).view(np.uint8)[:] = held[offset : offset + to.nbytes]
-        except RuntimeError as error:
-            raise DeviceError(f"{self.name}: {error}") from error
+        self._prepare_replays()
+        downloads, self._downloads = self._downloads, _Downloads()
+        downloads.submission = self._submission
+        for which in range(len(self._marked)):
+            self.wait(which)
+        self._finish(downloads)
+        self._downloads = self._idle.pop()
 
     def mark(self, which: int) -> None:
-        """Nothing: what is uploaded was read, and all else `synchronize` waits for."""
+        """See Device.mark."""
+        self._flush()
+        self._downloads.submission = self._submission
+        self._marked[which] = self._downloads
+        self._downloads = self._idle.pop() if self._idle else _Downloads()
 
     def wait(self, which: int) -> None:
-        """See `mark`."""
+        """Until all is done that was started before the mark. Raises DeviceError for what failed in it."""
+        downloads, self._marked[which] = self._marked[which], None
+        if downloads is not None:
+            self._prepare_replays()
+            self._finish(downloads)
+
+    def _prepare_replays(self) -> None:
+        """Most likely what was launched comes again: while the device is busy, its commands are free."""
+        replayed, self._replayed = self._replayed, []
+        for graph in replayed:
+            if graph.ready is None:
+                graph.ready = self._encode(graph.calls, graph.numbers).finish()
+
+    def _finish(self, downloads: _Downloads) -> None:
+        """Wait, and hand over what was copied."""
+        import wgpu
+
+        copies, end = downloads.copies, downloads.end
+        downloads.copies, downloads.end = [], 0
+        self._idle.append(downloads)
+        try:
+            if not copies:
+                wgpu_native.wait(self._device, downloads.submission)
+                return
+            with wgpu_native.Mapped(self._device, downloads.staging, end, downloads.submission) as held:
+                for to, offset in copies:
+                    to.reshape(-1).view(np.uint8)[:] = held[offset : offset + to.nbytes]
+        except (wgpu.GPUError, RuntimeError) as error:
+            raise DeviceError(f"{self.name}: {error}") from error
 
 
 def _remedy(purpose: str) -> str:

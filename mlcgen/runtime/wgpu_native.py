@@ -1,5 +1,6 @@
 """What the package wgpu has in its C interface only. None of this is promised, so pyproject.toml pins its version."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,19 +24,32 @@ def unchecked_module(device: Any, text: str) -> Any:
     return GPUShaderModule("", lib.wgpuDeviceCreateShaderModuleTrusted(device._internal, descriptor, 0), device)
 
 
-def wait(device: Any) -> None:
-    """Until all that was submitted has ended."""
-    device._poll_wait()
+def submit(device: Any, commands: Sequence[Any]) -> int:
+    """Start commands; returns what `wait` takes."""
+    from wgpu.backends.wgpu_native import ffi
+    from wgpu.backends.wgpu_native._api import libf
+
+    held = ffi.new("WGPUCommandBuffer[]", [command._internal for command in commands])
+    return int(libf.wgpuQueueSubmitForIndex(device.queue._internal, len(commands), held))
+
+
+def wait(device: Any, submission: int | None = None) -> None:
+    """Until a submission and all before it have ended; None: all there are."""
+    from wgpu.backends.wgpu_native import ffi
+    from wgpu.backends.wgpu_native._api import libf
+
+    index = ffi.NULL if submission is None else ffi.new("WGPUSubmissionIndex *", submission)
+    libf.wgpuDevicePoll(device._internal, True, index)
 
 
 class Mapped:
-    """The first bytes of a buffer that the host can read, as an array, once all that was submitted has ended.
+    """The first bytes of a buffer that the host can read, as an array, once a submission has ended.
 
     wgpu's own `map_sync` submits once more and lets a thread of its own wait, which takes 0.3 ms.
     """
 
-    def __init__(self, device: Any, buffer: Any, num_bytes: int) -> None:
-        self._device, self._buffer, self._num_bytes = device, buffer, num_bytes
+    def __init__(self, device: Any, buffer: Any, num_bytes: int, submission: int) -> None:
+        self._device, self._buffer, self._num_bytes, self._submission = device, buffer, num_bytes, submission
 
     def __enter__(self) -> npt.NDArray[np.uint8]:
         from wgpu.backends.wgpu_native import ffi, lib
@@ -47,7 +61,7 @@ class Mapped:
         info = ffi.new("WGPUBufferMapCallbackInfo *")
         info.mode, info.callback = lib.WGPUCallbackMode_AllowProcessEvents, callback
         lib.wgpuBufferMapAsync(self._buffer._internal, lib.WGPUMapMode_Read, 0, self._num_bytes, info[0])
-        wait(self._device)
+        wait(self._device, self._submission)
         if statuses != [lib.WGPUMapAsyncStatus_Success]:
             raise RuntimeError(f"a buffer could not be read: status {statuses}")
         pointer = lib.wgpuBufferGetConstMappedRange(self._buffer._internal, 0, self._num_bytes)

@@ -3,6 +3,6 @@
 from .attention import HEAD_DIMS, paged_attention
 from .linear import linear
 from .lookup import embedding, rope_append
-from .sample import argmax
+from .sample import argmax, sampling, take_tokens
 
-__all__ = ["HEAD_DIMS", "argmax", "embedding", "linear", "paged_attention", "rope_append"]
+__all__ = ["HEAD_DIMS", "argmax", "embedding", "linear", "paged_attention", "rope_append", "sampling", "take_tokens"]

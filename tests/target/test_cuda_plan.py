@@ -15,7 +15,7 @@ from mlcgen import artifact, weights
 from mlcgen.formats import Q8
 from mlcgen.passes.quantize import WeightSource
 from mlcgen.runtime import device_weights
-from mlcgen.runtime.engine import Engine
+from mlcgen.runtime.device_sampler import DeviceSampler
 from mlcgen.runtime.executor import Executor, StepInput
 from mlcgen.runtime.load import load_executor
 from mlcgen.runtime.plan import function_names, read_plan
@@ -26,26 +26,9 @@ from mlcgen.weights import storage_plan
 
 from .emulate_cuda import needs_compiler
 from .emulated_device import EmulatedDevice
+from .small_model import CONFIG, PAGE_SIZE, PAGES, OneAtATime, generate
 
 pytestmark = needs_compiler
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 300,
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-}
-PAGES, PAGE_SIZE = 24, 4
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +64,7 @@ def emulated(path: Path) -> tuple[SamplingPlanExecutor, EmulatedDevice]:
     device.load(base64.b64decode(plan["module"]), function_names(plan))
     stored = artifact.map_weights(path / artifact.WEIGHTS)
     addresses = device_weights.upload_weights(device, plan["weights"], stored)
-    return SamplingPlanExecutor(device, plan, manifest, addresses, PAGES), device
+    return SamplingPlanExecutor(device, plan, manifest, addresses, PAGES, DeviceSampler), device
 
 
 def batch(before: list[int], counts: list[int], rng: np.random.Generator, tables: np.ndarray) -> StepInput:
@@ -115,31 +98,6 @@ def test_plan_gives_the_logits_of_the_cpu(compiled: Callable[[str], Path], quant
         assert error < (2e-2 if quantization == "bf16" else 3e-3), (before, counts, error)
     assert any("attention_decode" in name for name in device.launched)
     assert any("attention_prefill" in name for name in device.launched)
-
-
-def generate(executor: Executor, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
-    engine = Engine(executor, None, [2], context_length=128, max_batch=8)
-    outputs = [
-        engine.add_request(str(i), prompt, its) for i, (prompt, its) in enumerate(zip(prompts, params, strict=True))
-    ]
-    while engine.has_unfinished:
-        engine.step()
-    assert not [output.error for output in outputs if output.error]
-    assert engine.pool.num_free == engine.pool.num_pages
-    return [list(output.token_ids) for output in outputs]
-
-
-class OneAtATime:
-    """The same executor, without a step begun before the one under way has ended."""
-
-    def __init__(self, executor: SamplingPlanExecutor) -> None:
-        self._executor = executor
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._executor, name)
-
-    def looks_ahead(self, samplers: object) -> bool:
-        return False
 
 
 def test_looking_ahead_gives_the_same_tokens(compiled: Callable[[str], Path]) -> None:

@@ -77,14 +77,16 @@ def test_arguments() -> None:
 
 
 def test_a_kernel() -> None:
-    module = next(module for module in translated() if module.name == "argmax_3")
+    module = next(module for module in translated() if module.name == "argmax_of_parts")
     assert metal_kernel(module) == (
         "[[max_total_threads_per_threadgroup(256)]]\n"
-        "kernel void argmax_3(device f32* logits [[buffer(0)]], device i32* out [[buffer(1)]], "
+        "kernel void argmax_of_parts(device f32* logits [[buffer(0)]], device u32* parts [[buffer(1)]], "
+        "constant argmax_of_parts_module::Numbers& numbers [[buffer(2)]], "
         "uint3 workgroup_id [[threadgroup_position_in_grid]], "
         "uint local_invocation_index [[thread_index_in_threadgroup]]) {\n"
-        "  threadgroup argmax_3_module::values_type values;\n"
-        "  threadgroup argmax_3_module::places_type places;\n"
-        "  argmax_3_module{logits, out, values, places}.argmax_3(workgroup_id, local_invocation_index);\n"
+        "  threadgroup argmax_of_parts_module::keys_type keys;\n"
+        "  threadgroup argmax_of_parts_module::places_type places;\n"
+        "  argmax_of_parts_module{logits, parts, numbers, keys, places}"
+        ".argmax_of_parts(workgroup_id, local_invocation_index);\n"
         "}\n"
     )

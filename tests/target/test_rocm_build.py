@@ -11,7 +11,7 @@ from mlcgen.targets import rocm_build
 from mlcgen.targets.base import Attention, Linear
 from mlcgen.targets.device_kernel import Code, DeviceKernel
 from mlcgen.targets.rocm_build import ARCHITECTURES, compile_hip, hip_source
-from mlcgen.targets.webgpu_kernels import argmax, embedding, linear, paged_attention, rope_append
+from mlcgen.targets.webgpu_kernels import embedding, linear, paged_attention, rope_append, sampling
 from mlcgen.targets.wgsl_to_cpp import Module, modules
 
 from .code_object import CodeObject, read
@@ -38,7 +38,6 @@ KERNELS = [
     _attention(96, "float32", 3, window=64),
     _attention(128, "bfloat16", 4),
     _attention(256, "float16", 7),
-    argmax(3000),
 ]
 
 
@@ -46,7 +45,7 @@ KERNELS = [
 def codes() -> dict[str, Code]:
     found = {str(i): generated(kernel) for i, kernel in enumerate(KERNELS)}
     text = TVM_KERNEL.replace("NAME", "tvm_cosine").replace("FUNCTION", "cos")
-    return found | {"tvm": Code((), {"tvm_cosine": text}, ())}
+    return found | {"sampling": sampling(), "tvm": Code((), {"tvm_cosine": text}, ())}
 
 
 @functools.cache

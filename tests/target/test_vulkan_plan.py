@@ -13,26 +13,12 @@ from mlcgen.errors import DeviceError
 from mlcgen.runtime import webgpu
 from mlcgen.runtime.executor import Executor, StepInput
 from mlcgen.runtime.load import load_executor
+from mlcgen.runtime.sampler import SamplingParams
+
+from .small_model import CONFIG, PAGE_SIZE, PAGES, VOCAB, LogitsOnly, OneAtATime, generate
 
 pytestmark = pytest.mark.skipif(webgpu.missing() is not None, reason=str(webgpu.missing()))
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 300,
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-}
-PAGES, PAGE_SIZE = 24, 4
 Compile = Callable[[str, str], Path]
 
 
@@ -69,7 +55,7 @@ def steps(seed: int) -> list[StepInput]:
         slots = [p[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for p, at in zip(rows, positions, strict=True)]
         position, slot = np.concatenate(positions), np.concatenate(slots)
         start = np.cumsum([0, *(counts[s] for s in used)])
-        ids = rng.integers(0, CONFIG["vocab_size"], len(position))
+        ids = rng.integers(0, VOCAB, len(position))
         arrays = (ids, position, slot, table, [lengths[s] for s in used], start, start[1:] - 1)
         found.append(StepInput(*(np.asarray(array).astype(np.int32) for array in arrays)))
     return found
@@ -95,6 +81,25 @@ def test_a_recorded_step_takes_new_inputs(compiled: Compile) -> None:
     first, again = logits(executor, 1), logits(executor, 1)
     np.testing.assert_array_equal(first, again)
     assert np.abs(logits(executor, 2) - first).max() > 1e-2
+
+
+def test_tokens_are_those_that_the_host_samples(compiled: Compile) -> None:
+    """Sequences of different lengths, ending by length and by token, more than the pages hold at once.
+
+    Greedy ones are chosen on the device, a step ahead; where one among them is not, all of a step's on the host.
+    """
+    executor = load_executor(compiled("f32", "f32"), "vulkan", num_pages=PAGES).executor
+    rng = np.random.default_rng()
+    prompts = [rng.integers(3, VOCAB, length).tolist() for length in (3, 17, 9, 1, 30)]
+    params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=count % 2 == 0) for count in (4, 9, 1, 12, 6)]
+    params[4] = SamplingParams(temperature=0, max_tokens=9, stop_token_ids=list(range(3, 90)))
+    tokens = generate(LogitsOnly(executor), prompts, params, max_batch=4)
+    assert [len(t) for t in tokens[2:4]] == [1, 12]
+    assert generate(executor, prompts, params, max_batch=4) == tokens
+    assert generate(OneAtATime(executor), prompts, params, max_batch=4) == tokens  # type: ignore[arg-type]
+    params[1] = SamplingParams(temperature=0.9, seed=3, max_tokens=5)
+    params[3] = SamplingParams(temperature=0, max_tokens=12, presence_penalty=0.5, ignore_eos=True)
+    assert generate(executor, prompts, params, max_batch=4) == generate(LogitsOnly(executor), prompts, params, 4)
 
 
 def test_a_tensor_that_no_kernel_can_be_given(compiled: Compile, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
-"""Lookups of WebGPU's devices against NumPy: embedding, rotation with the append to the pages, argmax."""
+"""Lookups of WebGPU's devices against NumPy: embedding, rotation with the append to the pages, choice of tokens."""
 
 import numpy as np
 import pytest
 
 from mlcgen.formats import BF16, F16, F32, Q4, Q8, WeightFormat, grouped
-from mlcgen.targets.webgpu_kernels import argmax, code, embedding, rope_append
+from mlcgen.runtime.argmax_sampler import PARTS
+from mlcgen.targets.webgpu_kernels import argmax, code, embedding, rope_append, take_tokens
 
 from .reference import from_storage, random_weight, rotate, to_storage
 from .webgpu_build import run
@@ -88,12 +89,42 @@ def test_bfloat16_pages_are_rounded_to_even() -> None:
     np.testing.assert_array_equal(pages[0, 1, 0], to_storage(values[:, 0], "bfloat16"))
 
 
-@pytest.mark.parametrize("columns", [3, 256, 1000])
+@pytest.mark.parametrize("columns", [3, 256, 9000])
 def test_argmax(columns: int) -> None:
-    """Few different values, so that several are the largest; and a row that is -inf but for its last."""
-    logits = np.random.default_rng(columns).integers(-9, 2, (4, columns)).astype(np.float32)
+    """Few different values, so that several are the largest; a row that is -inf but for its last, and zeros."""
+    logits = np.random.default_rng(columns).integers(-9, 2, (5, columns)).astype(np.float32)
     logits[2] = -np.inf
     logits[2, -1] = -1e30
-    out = np.full(4, -1, np.int32)
-    run(argmax(columns), [logits, out], {"rows": 4})
-    np.testing.assert_array_equal(out, logits.argmax(-1))
+    logits[3] = 0.0
+    logits[3, 0] = -0.0
+    ids, values = chosen(logits)
+    np.testing.assert_array_equal(ids, logits.argmax(-1))
+    np.testing.assert_array_equal(values, logits.max(-1))
+
+
+def test_argmax_notices_what_is_not_finite() -> None:
+    logits = np.zeros((4, 1000), np.float32)
+    logits[0, 7] = np.nan
+    logits[1].view(np.uint32)[999] = 0xFFC00000  # a NaN with a sign
+    logits[1, 3] = np.inf
+    logits[2, 5] = np.inf
+    logits[3] = -np.inf
+    ids, values = chosen(logits)
+    np.testing.assert_array_equal(values, [np.nan, np.nan, np.inf, -np.inf])
+    np.testing.assert_array_equal(ids[:3], [7, 999, 5])
+
+
+def chosen(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    rows, vocab = logits.shape
+    parts, results = np.full((rows, PARTS, 2), 0xFFFFFFFF, np.uint32), np.full((2, rows), 0xFFFFFFFF, np.uint32)
+    run(argmax(), [logits, parts, results], {"rows": rows, "vocab": vocab})
+    return results[0].view(np.int32), results[1].view(np.float32)
+
+
+@pytest.mark.parametrize("n", [1, 300])
+def test_take_tokens(n: int) -> None:
+    rng = np.random.default_rng(n)
+    ids, rows, tokens = (rng.integers(*span).astype(np.int32) for span in ((0, 99, n), (-1, 9, n), (0, 99, 9)))
+    found = ids.copy()
+    run(take_tokens(), [found, rows, tokens], {"n": n, "rows": len(tokens)})
+    np.testing.assert_array_equal(found, np.where(rows < 0, ids, tokens[rows]))

@@ -15,7 +15,7 @@ from mlcgen.runtime.sizes import evaluate
 from mlcgen.targets import rocm_build
 from mlcgen.targets.base import Linear
 from mlcgen.targets.device_kernel import Code, DeviceKernel, Variant
-from mlcgen.targets.webgpu_kernels import argmax, embedding, linear, rope_append
+from mlcgen.targets.webgpu_kernels import argmax, embedding, linear, rope_append, take_tokens
 from mlcgen.targets.wgsl_to_cpp import prelude, translate
 
 from . import test_webgpu_attention as attention
@@ -79,7 +79,8 @@ def kernels() -> list[DeviceKernel]:
         *ropes,
         rope_append(1, 1, 64, 4, "bfloat16"),
         *(layer.kernel for layer in (*ATTENDED, *DECODED)),
-        *(argmax(columns) for columns in COLUMNS),
+        argmax(),
+        take_tokens(),
     ]
 
 
@@ -179,6 +180,18 @@ def test_bfloat16_pages_are_rounded_to_even() -> None:
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_argmax(columns: int) -> None:
     lookup.test_argmax(columns)
+
+
+@needs_clang
+@emulates
+def test_argmax_notices_what_is_not_finite() -> None:
+    lookup.test_argmax_notices_what_is_not_finite()
+
+
+@needs_clang
+@emulates
+def test_take_tokens() -> None:
+    lookup.test_take_tokens(300)
 
 
 @needs_clang

@@ -14,7 +14,7 @@ import pytest
 
 import mlcgen
 from mlcgen import artifact
-from mlcgen.runtime.plan import ITEM_BYTES, check_fit, function_names, read_plan
+from mlcgen.runtime.plan import ITEM_BYTES, VERSION, check_fit, function_names, read_plan
 from mlcgen.runtime.sizes import evaluate
 from mlcgen.targets import cuda_codegen
 from mlcgen.targets.cuda_codegen import DEFINITION
@@ -87,7 +87,7 @@ def overlap(a: tuple[int, int, int] | None, b: tuple[int, int, int] | None) -> b
 def test_fits_its_artifact(path: Path, plan: dict[str, Any]) -> None:
     manifest = artifact.read_manifest(path)
     check_fit(plan, manifest, None)
-    assert plan["version"] == 1
+    assert plan["version"] == VERSION
     assert list(plan["weights"]) == manifest["entry"]["weights"]
     assert sorted(plan["inputs"]) == sorted(manifest["entry"]["inputs"])
     assert plan["pages"] == {"layers": 3, "shape": [2, 2, 16, 64], "dtype": "float16"}

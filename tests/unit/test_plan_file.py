@@ -204,8 +204,8 @@ def test_a_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "value", "says"),
     [
-        ("version", ..., "of version None, this mlcgen reads 1"),
-        ("version", 2, "of version 2"),
+        ("version", ..., "of version None, this mlcgen reads 2"),
+        ("version", 1, "of version 1"),
         ("version", True, "of version True"),
         ("module", "A$==", "module is 'A$==', which is no base64"),
         ("module", "", "module is '', which is no base64"),
@@ -273,7 +273,7 @@ def test_damage(tmp_path: Path, where: str, value: Any, says: str) -> None:
     assert says in refused(tmp_path, changed(where, value))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", '{"version": 1}', "\x00", '{"version": 1e400}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", '{"version": 2}', "\x00", '{"version": 1e400}'])
 def test_no_plan_at_all(tmp_path: Path, text: str) -> None:
     refused(tmp_path, text)
 
@@ -281,7 +281,7 @@ def test_no_plan_at_all(tmp_path: Path, text: str) -> None:
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"cannot read .* compile the model again"):
         read_plan(tmp_path / "none.plan")
-    (tmp_path / "bytes.plan").write_bytes(b'{"version": 1, "arch": "\xff"}')
+    (tmp_path / "bytes.plan").write_bytes(b'{"version": 2, "arch": "\xff"}')
     with pytest.raises(ArtifactError, match=r"cannot read .* compile the model again"):
         read_plan(tmp_path / "bytes.plan")
 

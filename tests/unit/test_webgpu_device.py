@@ -103,6 +103,29 @@ def test_several_downloads(device: WebgpuDevice) -> None:
 
 
 @needs_device
+def test_marks(device: WebgpuDevice) -> None:
+    """Two steps under way, each with its copies, again and again; what comes after the marks is not lost."""
+    address, found = held(device, np.zeros(2, np.float32)), np.zeros((2, 2), np.float32)
+    with device.capture() as graph:
+        scale(device, address, address, 2, 1.0, 1.0)
+    device.launch_graph(graph)
+    device.download(found[0], address)
+    device.mark(0)
+    for step in range(1, 6):
+        device.launch_graph(graph)
+        device.download(found[step % 2], address)
+        device.mark(step % 2)
+        device.wait(1 - step % 2)
+        assert (found[1 - step % 2] == step).all()
+    last = np.zeros(2, np.float32)
+    device.download(last, address)
+    device.synchronize()
+    assert (last == 6).all()
+    assert (found[1] == 6).all(), "also those of marks"
+    device.wait(1)  # there is nothing to wait for
+
+
+@needs_device
 @pytest.mark.parametrize("n", [1, 64, 1000])
 def test_launch(device: WebgpuDevice, n: int) -> None:
     x = random(n)
