@@ -1,5 +1,6 @@
-// Stands in for libcuda.so.1 in tests without a GPU: the functions that mlcgen/runtime/cuda.py uses, by the driver's
-// documentation. It is stricter than a driver, and for inspection it has functions of its own (fake_*).
+// Stands in for libcuda.so.1 in tests without a GPU: the functions that mlcgen/runtime/cuda.py and driver_device.py
+// use, by the driver's documentation. It is stricter than a driver, and for inspection it has functions of its own
+// (fake_*).
 //
 // "Device memory" is host memory with a table of what was allocated. Streams are queues: what is put into one is done
 // when somebody waits for it, no earlier, so that a missing wait shows. Kernels are done by a hook. An "image" is text,

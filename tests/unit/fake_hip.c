@@ -1,6 +1,6 @@
-// Stands in for libamdhip64.so in tests without a GPU: the functions that mlcgen/runtime/hip.py uses, by AMD's
-// documentation. Most are like the CUDA driver's, so the fake of that does the work, and its log has its names; what is
-// different is here. HIP has no contexts: every thread may call as soon as hipInit was called.
+// Stands in for libamdhip64.so in tests without a GPU: the functions that mlcgen/runtime/hip.py and driver_device.py
+// use, by AMD's documentation. Most are like the CUDA driver's, so the fake of that does the work, and its log has its
+// names; what is different is here. HIP has no contexts: every thread may call as soon as hipInit was called.
 
 #define __thread  // one context for all threads
 #define cuDeviceGetName hipDeviceGetName
