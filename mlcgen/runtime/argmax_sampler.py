@@ -52,7 +52,7 @@ class ArgmaxSampler:
         samplers, self._samplers = self._samplers, ()
         rows = len(samplers)
         if not self.looks_ahead(samplers):
-            return sample_rows(self._logits.rows(rows), samplers)
+            return sample_rows(self._logits.rows(rows), samplers, [[]] * rows)
         ids, values = self._results.host.view(np.int32), self._results.host.view(np.float32)
         return Sampled(ids[:rows].tolist(), values[rows : 2 * rows].tolist(), [None] * rows)
 

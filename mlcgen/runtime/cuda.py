@@ -106,7 +106,6 @@ class CudaDevice(DriverDevice):
         library = _library()
         if library is None or missing():
             raise TargetError(f"{missing()}; run on another target")
-        library.cuMemcpyDtoDAsync_v2.argtypes = [_PTR, _PTR, _SIZE, _PTR]
         library.cuLaunchKernelEx.argtypes = [ctypes.POINTER(_Config), _PTR, ctypes.POINTER(_PTR), _PTR]
         super().__init__(Driver("CUDA", library, "cu", _RENAMED, _error_name))
         device = _INT()
@@ -117,10 +116,6 @@ class CudaDevice(DriverDevice):
         self._call("CtxSetCurrent", context)
         self._open_stream()
         self._maps: dict[tuple[Any, ...], Any] = {}
-
-    def copy(self, to: Address, source: Address, num_bytes: int) -> None:
-        """Start copying within the device's memory."""
-        self._call("MemcpyDtoDAsync", to, source, num_bytes, self._stream)
 
     def load(self, module: bytes, names: Sequence[str]) -> None:
         """Load machine code with the functions of these names; each may have all the shared memory that there is."""

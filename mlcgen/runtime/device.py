@@ -41,6 +41,10 @@ class Device(Protocol):
         """Start copying; the array is valid after `synchronize`."""
         ...
 
+    def copy(self, to: Address, source: Address, num_bytes: int) -> None:
+        """Start copying within the device's memory."""
+        ...
+
     def mark(self, which: int) -> None:
         """Remember what has been started so far as mark 0 or 1, for `wait`."""
         ...

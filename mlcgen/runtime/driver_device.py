@@ -33,6 +33,7 @@ _ARGUMENTS: Mapping[str, Sequence[Any]] = {  # of calls that are given addresses
     "MemsetD8Async": [_PTR, ctypes.c_ubyte, _SIZE, _PTR],
     "MemcpyHtoDAsync": [_PTR, _PTR, _SIZE, _PTR],
     "MemcpyDtoHAsync": [_PTR, _PTR, _SIZE, _PTR],
+    "MemcpyDtoDAsync": [_PTR, _PTR, _SIZE, _PTR],
 }
 
 
@@ -184,6 +185,10 @@ class DriverDevice(ABC):
         """See Device.download."""
         if to.nbytes:
             self._call("MemcpyDtoHAsync", to.ctypes.data, source, to.nbytes, self._stream)
+
+    def copy(self, to: Address, source: Address, num_bytes: int) -> None:
+        """See Device.copy."""
+        self._call("MemcpyDtoDAsync", to, source, num_bytes, self._stream)
 
     # Order
 

@@ -1,38 +1,55 @@
 """The engine: requests in, tokens out, one iteration at a time. Runs in one thread, on any executor."""
 
+import heapq
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from mlcgen.errors import MlcgenError, RequestError
 from mlcgen.runtime.executor import Executor, Int32, SamplingExecutor, StepInput
+from mlcgen.runtime.host_pages import HostPages
 from mlcgen.runtime.host_sampling import HostSampling
 from mlcgen.runtime.kv_cache import BlockTable, PagePool
+from mlcgen.runtime.options import EngineOptions
 from mlcgen.runtime.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
 from mlcgen.runtime.sampler import Sampled, Sampler, SamplingParams
-from mlcgen.runtime.scheduler import Scheduler, Sequence
+from mlcgen.runtime.scheduler import Scheduler, Sequence, Transfer
+from mlcgen.runtime.speculation import MAX_ROWS, Acceptance, NgramDrafter, StepCost
+from mlcgen.runtime.stats import EngineStats, Rates
 from mlcgen.runtime.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
 
 __all__ = ["Engine", "Prompt"]
 
 Prompt = str | list[int]
+PRIORITY_SECONDS = 60.0  # a level of priority is worth so much waiting
 
 
 class Request(Sequence):
-    """A sequence with its tokens, its sampler and its text."""
+    """One sample of a request: a sequence with its sampler and its text."""
 
     def __init__(
-        self, output: RequestOutput, params: SamplingParams, stop_ids: frozenset[int], max_tokens: int
+        self,
+        output: RequestOutput,
+        completion: CompletionOutput,
+        params: SamplingParams,
+        stop_ids: frozenset[int],
+        max_tokens: int,
+        rank: float,
     ) -> None:
-        super().__init__(len(output.prompt_token_ids))
+        super().__init__(output.prompt_token_ids, rank)
         self.output = output
+        self.completion = completion
         self.params = params
         self.stop_ids = stop_ids
         self.max_tokens = max_tokens
-        self.tokens = list(output.prompt_token_ids)  # prompt and generated
+        self.due = math.inf  # when nobody wants it any more, on the monotonic clock
+        self.is_queued = False  # whether the scheduler has it
+        self.siblings: list[Request] = []  # other samples, which begin when this one's prompt is in the cache
+        self.drafter = NgramDrafter()
+        self.acceptance = Acceptance()
         self.sampler = Sampler(params, self.tokens, stop_ids)
         self.stops = StopMatcher(params.stop_strings, params.include_stop_str_in_output)
         self.decoder: IncrementalDecoder | None = None  # None: the text is wanted only at the end
@@ -45,6 +62,11 @@ class _Started:
 
     batch: list[Request]
     ready: list[Request]  # those whose next token it samples
+    sampling: SamplingExecutor | HostSampling  # who samples
+    rows: list[int]  # the first row of logits of each that is ready; its drafts have the next ones
+    drafts: dict[Request, list[int]] = field(default_factory=dict)
+    begun: float = 0.0
+    is_alone: bool = True  # no other iteration was under way when it began
     is_advanced: bool = False  # whether they count as computed and sampled
 
 
@@ -62,47 +84,94 @@ class Engine:
         eos_token_ids: Iterable[int],
         context_length: int,
         max_batch: int,
+        options: EngineOptions | None = None,
     ) -> None:
         self.executor = executor
-        self._sampling = executor if isinstance(executor, SamplingExecutor) else HostSampling(executor)
+        self.options = options = options or EngineOptions()
+        self._host_sampling = HostSampling(executor)
+        self._sampling = executor if isinstance(executor, SamplingExecutor) else self._host_sampling
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.context_length = context_length
         self.pool = PagePool(executor.num_pages)
+        layers, layer_bytes = executor.page_shape
+        num_saved = options.swap_bytes // max(layers * layer_bytes, 1)
+        self._host_pages = HostPages(num_saved, layers, layer_bytes, options.swap_file)
         self.scheduler: Scheduler[Request] = Scheduler(
-            self.pool, executor.page_size, max_batch, executor.max_tokens_per_step
+            self.pool,
+            executor.page_size,
+            max_batch,
+            min(options.tokens_per_step or executor.max_tokens_per_step, executor.max_tokens_per_step),
+            prefix_cache=options.prefix_cache,
+            host_pool=PagePool(num_saved),
+            prefers_saving=self._prefers_saving,
         )
-        self._requests: dict[str, Request] = {}  # unfinished
+        self._requests: dict[str, list[Request]] = {}  # samples that are unfinished
+        self._deadlines: list[tuple[float, str]] = []  # a heap
+        self._stats = EngineStats()
+        self._rates = Rates()
+        self._step_cost = StepCost()
         self._changed: list[RequestOutput] = []  # for `step` to return
         self._started: _Started | None = None  # the iteration under way between two calls of `step`
 
     def add_request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, stream: bool = True
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        stream: bool = True,
+        priority: int = 0,
+        deadline: float | None = None,
     ) -> RequestOutput:
         """Queue a prompt (text, or token ids taken as they are) and return the output that `step` will fill.
 
         With stream=False `step` returns it only when it has finished, and text is decoded only then. A prompt that
-        cannot be served does not raise: its output has the error. Raises RequestError if the id is in use.
+        cannot be served does not raise: its output has the error. priority: a request of a higher one is served as if
+        it had come a minute earlier for each level, so that none waits for ever. deadline: seconds from now after which
+        nobody wants it any more; it then ends with finish_reason "timeout", and before that, one due within a minute is
+        served as if it had come earlier. Raises RequestError if the id is in use.
         """
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use; choose another or abort that request")
+        now, params = time.monotonic(), params or SamplingParams()
         text = prompt if isinstance(prompt, str) else None
-        output = RequestOutput(request_id, text, [], [CompletionOutput()], RequestMetrics(time.monotonic()))
+        completions = [CompletionOutput(index) for index in range(params.n)]
+        output = RequestOutput(request_id, text, [], completions, RequestMetrics(now))
+        due = math.inf if deadline is None else now + deadline
+        rank = min(now, due - PRIORITY_SECONDS) - priority * PRIORITY_SECONDS
         try:
             output.prompt_token_ids = self._token_ids(prompt)
-            request = self._new_request(output, params or SamplingParams(), stream)
-            self.scheduler.add(request)
-            self._requests[request_id] = request
+            requests = self._new_requests(output, params, stream, rank)
+            self.scheduler.add(requests[0])
         except MlcgenError as error:
-            self._end(output, "error", error)
+            for completion in completions:
+                self._end(output, completion, "error", error)
+            return output
+        requests[0].is_queued, requests[0].due = True, due
+        self._requests[request_id] = requests
+        if deadline is not None:
+            heapq.heappush(self._deadlines, (due, request_id))
         return output
 
     def abort(self, request_id: str) -> bool:
         """End a request and free its pages; the next step returns its output. False if it has ended already."""
-        request = self._requests.get(request_id)
-        if request is not None:
-            self._finish(request, "abort")
-        return request is not None
+        return self._finish_all(request_id, "abort")
+
+    def stats(self) -> EngineStats:
+        """What the engine has done so far, and what it holds now."""
+        pool, host_pool = self.pool, self.scheduler.host_pool
+        return replace(
+            self._stats,
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_pages=pool.num_pages,
+            num_free_pages=pool.num_free,
+            num_idle_pages=pool.num_idle,
+            num_saved_pages=host_pool.num_pages - host_pool.num_free,
+            num_prompt_tokens=self.scheduler.num_prompt_tokens,
+            num_cached_tokens=self.scheduler.num_cached_tokens,
+        )
 
     @property
     def has_unfinished(self) -> bool:
@@ -120,13 +189,14 @@ class Engine:
         Where the executor allows it, the next iteration is begun first: the device has it before it needs it.
         """
         started = None
+        self._end_overdue()
         try:
             started, self._started = self._started or self._start(None), None
             if started is not None:
                 self._started = self._start(started) if self._can_look_ahead(started) else None
                 self._complete(started)
             if self._started is not None and not any(map(self._is_alive, self._started.batch)):
-                self._sampling.finish()  # nobody waits for it
+                self._started.sampling.finish()  # nobody waits for it
                 self._started = None
         except BaseException:
             self._recover(started)
@@ -138,20 +208,80 @@ class Engine:
         """Schedule and begin an iteration, `before` being under way; None if there is nothing to do."""
         if before is not None:
             self._advance(before)
-        batch, outgrown = self.scheduler.schedule()
-        for request in outgrown:
+        else:
+            self._draft()
+        begun = time.perf_counter()
+        step = self.scheduler.schedule()
+        self._stats.policy_seconds += time.perf_counter() - begun
+        for request in step.outgrown:
             self._retire(request, "error", self._outgrown_error(request))
-        if not batch:
+        if not step.batch:
             return None
-        _mark_scheduled(batch)
+        _mark_scheduled(step.batch)
+        self._transfer(step.transfers)
+        return self._begin(step.batch, before)
+
+    def _begin(self, batch: list[Request], before: "_Started | None") -> "_Started":
+        """Have the executor start the batch."""
         ready = [request for request in batch if request.reaches_end]  # in the order of the logit rows
-        rows = {request: row for row, request in enumerate(before.ready)} if before is not None else {}
-        step_input, sampled_rows = self._step_input(batch, rows)
-        self._sampling.start(step_input, [request.sampler for request in ready], sampled_rows)
-        return _Started(batch, ready)
+        before_rows = dict(zip(before.ready, before.rows, strict=True)) if before is not None else {}
+        step_input, sampled_rows, rows = self._step_input(batch, before_rows)
+        drafts = {request: request.draft for request in ready if request.draft}
+        samplers = [request.sampler for request in ready]
+        started = _Started(batch, ready, self._sampling, rows, drafts, time.perf_counter(), before is None)
+        if not drafts:
+            self._sampling.start(step_input, samplers, sampled_rows)
+        elif all(sampler.is_argmax and sampler.params.logprobs is None for sampler in samplers):
+            each_row = [request.sampler for request in ready for _ in range(1 + len(request.draft))]
+            self._sampling.start(step_input, each_row)
+        else:  # which row is the last one that counts is known only when those before it were sampled
+            started.sampling = self._host_sampling
+            self._host_sampling.start_drafts(step_input, samplers, [request.draft for request in ready])
+        return started
+
+    def _draft(self) -> None:
+        """Guess what those that decode will say next."""
+        if self.options.speculation == "off":
+            return
+        running = self.scheduler.running
+        spare = MAX_ROWS - len(running)
+        for request in running:
+            request.draft = []
+            if request.num_uncomputed == 1 and spare > 0 and request.tokens:
+                # The last token that is generated needs no keys and values, and is not guessed either.
+                left = request.max_tokens - len(request.completion.token_ids) - 1
+                most = min(self.options.max_draft, spare, left)
+                length = request.acceptance.length(most, self._step_cost.of_another(len(running))) if most > 0 else 0
+                request.draft = request.drafter.propose(request.tokens, length) if length else []
+                spare -= len(request.draft)
+
+    def _transfer(self, transfers: list[Transfer]) -> None:
+        """Copy pages on the device, to the host and back."""
+        if not transfers:
+            return
+        begun, num_moved = time.perf_counter(), 0
+        for transfer in transfers:
+            if transfer.kind == "copy":
+                self.executor.copy_page(transfer.source, transfer.to)
+            elif transfer.kind == "save":
+                self.executor.read_page(transfer.source, self._host_pages[transfer.to])
+                self._stats.num_saved += 1
+                num_moved += 1
+            else:
+                self.executor.write_page(transfer.to, self._host_pages[transfer.source])
+                self._stats.num_loaded += 1
+                num_moved += 1
+        if num_moved:
+            self._rates.moved(num_moved, time.perf_counter() - begun)
+
+    def _prefers_saving(self, request: Request) -> bool:
+        """Whether a sequence's pages are sooner saved and brought back than computed anew."""
+        return 2 * len(request.table) * self._rates.page_seconds < request.num_computed * self._rates.token_seconds
 
     def _can_look_ahead(self, started: "_Started") -> bool:
         """Whether the next iteration needs nothing of this one but the tokens that it samples."""
+        if started.drafts or self.options.speculation != "off" or any(request.siblings for request in started.ready):
+            return False
         return bool(started.ready) and self._sampling.looks_ahead([request.sampler for request in started.ready])
 
     def _advance(self, started: "_Started") -> None:
@@ -163,34 +293,50 @@ class Engine:
         started.is_advanced = True
 
     def _complete(self, started: "_Started") -> None:
-        sampled = self._sampling.finish()
+        sampled = started.sampling.finish()
+        if started.is_alone:
+            self._measure(started, time.perf_counter() - started.begun)
         if not started.is_advanced:
             self._advance(started)
-        self._append(started.ready, sampled)
+        self._stats.num_steps += 1
+        self._append(started, sampled)
+
+    def _measure(self, started: "_Started", seconds: float) -> None:
+        num_tokens = sum(request.num_scheduled for request in started.batch)
+        if num_tokens == len(started.batch) + sum(map(len, started.drafts.values())):
+            self._step_cost.record(num_tokens, seconds)
+        else:
+            self._rates.computed(num_tokens, seconds)
 
     def _recover(self, started: "_Started | None") -> None:
         """After a failure: nothing is under way, and what counted as computed before it was is computed anew."""
         if self._started is not None or (started is not None and started.is_advanced):
             self.scheduler.restart()
         self._started = None
-        for request in self._requests.values():
-            request.num_tokens, request.is_ending = len(request.tokens), False
+        for requests in self._requests.values():
+            for request in requests:
+                request.num_tokens, request.is_ending = len(request.tokens), False
 
     def _is_alive(self, request: Request) -> bool:
-        return self._requests.get(request.output.request_id) is request
+        return request.completion.finish_reason is None
 
-    def _step_input(self, batch: list[Request], rows: Mapping[Request, int]) -> tuple[StepInput, Int32 | None]:
-        """The batch, and where its tokens are still being sampled: in which row of the iteration under way."""
+    def _step_input(
+        self, batch: list[Request], rows: Mapping[Request, int]
+    ) -> tuple[StepInput, Int32 | None, list[int]]:
+        """The batch; where its tokens are still being sampled: in which row of the iteration under way; and the first
+        row of logits of each request that has some.
+        """
         # Lists: a dozen operations on arrays of a few tokens take several times as long.
         input_ids: list[int] = []
         sampled_rows: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         logit_rows: list[int] = []
+        first_rows: list[int] = []
         query_start = [0]
         for request in batch:
             span = range(request.num_computed, request.num_computed + request.num_scheduled)
-            known = request.tokens[span.start : span.stop]
+            known = request.tokens[span.start : span.stop] + request.draft
             input_ids += known
             if rows:
                 sampled_rows += [-1] * len(known)
@@ -201,7 +347,8 @@ class Engine:
             slots += request.table.slots(span, self.executor.page_size)
             query_start.append(len(positions))
             if request.reaches_end:
-                logit_rows.append(len(positions) - 1)
+                first_rows.append(len(logit_rows))
+                logit_rows += range(len(positions) - 1 - len(request.draft), len(positions))
         batch_input = StepInput(
             input_ids=np.array(input_ids, np.int32),
             positions=np.array(positions, np.int32),
@@ -211,27 +358,58 @@ class Engine:
             query_start=np.array(query_start, np.int32),
             logit_rows=np.array(logit_rows, np.int32),
         )
-        return batch_input, np.array(sampled_rows, np.int32) if rows else None
+        return batch_input, np.array(sampled_rows, np.int32) if rows else None, first_rows
 
-    def _append(self, requests: list[Request], sampled: Sampled) -> None:
-        """One token for each request that is still there."""
+    def _append(self, started: _Started, sampled: Sampled) -> None:
+        """A token for each request that is still there, and those of its draft that were right."""
         now = time.monotonic()
-        columns = zip(requests, sampled.tokens, sampled.maxima, sampled.logprobs, strict=True)
-        for request, token, maximum, logprobs in columns:
+        for request, row in zip(started.ready, started.rows, strict=True):
             if not self._is_alive(request):
                 continue
-            if math.isfinite(maximum):
-                self._append_token(request, token, logprobs, now)
-            else:
-                self._finish(request, "error", _not_finite_error(request))
+            self._fork_siblings(request)
+            draft = started.drafts.get(request, [])
+            accepted = 0
+            while self._append_row(request, sampled, row + accepted, now):
+                if accepted == len(draft) or sampled.tokens[row + accepted] != draft[accepted]:
+                    break
+                accepted += 1
+            if draft:
+                self._count_draft(request, len(draft), accepted)
+
+    def _count_draft(self, request: Request, drafted: int, accepted: int) -> None:
+        metrics = request.output.metrics
+        for counts in (metrics, self._stats):
+            counts.num_drafted += drafted
+            counts.num_accepted += accepted
+        request.acceptance.record(drafted, accepted)
+        if self._is_alive(request):
+            request.num_tokens = len(request.tokens)
+            self.scheduler.accept(request, accepted)
+
+    def _append_row(self, request: Request, sampled: Sampled, row: int, now: float) -> bool:
+        """The token of a row of logits. Whether the request goes on."""
+        if math.isfinite(sampled.maxima[row]):
+            self._append_token(request, sampled.tokens[row], sampled.logprobs[row], now)
+        else:
+            self._finish(request, "error", _not_finite_error(request))
+        return self._is_alive(request)
+
+    def _fork_siblings(self, request: Request) -> None:
+        """The prompt is in the cache: the other samples can begin."""
+        siblings, request.siblings = request.siblings, []
+        for sibling in siblings:
+            if self._is_alive(sibling):
+                self.scheduler.fork(sibling, request)
+                sibling.is_queued = True
 
     def _append_token(self, request: Request, token: int, logprobs: dict[int, float] | None, now: float) -> None:
-        completion = request.output.outputs[0]
+        completion = request.completion
+        self._stats.num_generated_tokens += 1
         if completion.logprobs is not None and logprobs is not None:
             completion.logprobs.append(logprobs)
         request.tokens.append(token)
         completion.token_ids.append(token)
-        if len(completion.token_ids) == 1:
+        if request.output.metrics.first_token is None:
             request.output.metrics.first_token = now
         self._check_end(request, completion, token)
 
@@ -249,24 +427,55 @@ class Engine:
         elif request.streams:
             self._changed.append(request.output)
 
+    def _end_overdue(self) -> None:
+        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+            due, request_id = heapq.heappop(self._deadlines)
+            requests = self._requests.get(request_id)
+            if requests and any(request.due == due for request in requests):  # the id may be another request's by now
+                self._finish_all(request_id, "timeout")
+
+    def _finish_all(self, request_id: str, reason: FinishReason) -> bool:
+        """End all samples of a request; False if there is no such request."""
+        requests = list(self._requests.get(request_id, ()))
+        for request in requests:
+            if self._is_alive(request):  # the first one ends those that wait for it
+                self._finish(request, reason)
+        return bool(requests)
+
     def _finish(self, request: Request, reason: FinishReason, error: MlcgenError | None = None) -> None:
-        self.scheduler.remove(request)
+        if request.is_queued:
+            self.scheduler.remove(request)
         self._retire(request, reason, error)
 
     def _retire(self, request: Request, reason: FinishReason, error: MlcgenError | None = None) -> None:
-        """Complete the output of a request that the scheduler no longer has."""
-        del self._requests[request.output.request_id]
-        self._complete_text(request, request.output.outputs[0])
-        request.output.metrics.num_preemptions = request.num_preemptions
-        self._end(request.output, reason, error)
+        """Complete the output of a sample that the scheduler does not have (any more)."""
+        request_id = request.output.request_id
+        self._requests[request_id].remove(request)
+        if not self._requests[request_id]:
+            del self._requests[request_id]
+        self._complete_text(request, request.completion)
+        metrics = request.output.metrics
+        metrics.num_preemptions += request.num_preemptions
+        metrics.num_cached_tokens = max(metrics.num_cached_tokens, request.num_cached)
+        self._stats.num_preemptions += request.num_preemptions
+        self._end(request.output, request.completion, reason, error)
+        for sibling in request.siblings:  # they would wait for its prompt for ever
+            self._finish(sibling, reason, error)
 
-    def _end(self, output: RequestOutput, reason: FinishReason, error: MlcgenError | None = None) -> None:
-        output.error = error
-        output.outputs[0].finish_reason = reason
-        output.metrics.finished = time.monotonic()
-        output.metrics.num_prompt_tokens = len(output.prompt_token_ids)
-        output.metrics.num_tokens = len(output.token_ids)
-        self._changed.append(output)
+    def _end(
+        self,
+        output: RequestOutput,
+        completion: CompletionOutput,
+        reason: FinishReason,
+        error: MlcgenError | None = None,
+    ) -> None:
+        output.error = output.error or error
+        completion.finish_reason = reason
+        if output.finished:
+            output.metrics.finished = time.monotonic()
+            output.metrics.num_prompt_tokens = len(output.prompt_token_ids)
+            output.metrics.num_tokens = sum(len(each.token_ids) for each in output.outputs)
+            self._changed.append(output)
 
     def _complete_text(self, request: Request, completion: CompletionOutput) -> None:
         """Give out the text that was held back, or decode all of it if it was not decoded on the way."""
@@ -285,14 +494,28 @@ class Engine:
             raise RequestError("the artifact has no tokenizer; give the prompt as token ids")
         return self.tokenizer.encode(prompt)
 
-    def _new_request(self, output: RequestOutput, params: SamplingParams, stream: bool) -> Request:
+    def _new_requests(self, output: RequestOutput, params: SamplingParams, stream: bool, rank: float) -> list[Request]:
+        """One for each sample; the first one has the others as siblings."""
         self._check_prompt(len(output.prompt_token_ids))
         self._check_params(params)
+        if params.n > 1 and stream:
+            raise RequestError(f"n={params.n} samples cannot be streamed; use generate, or several requests")
+        samples = []
+        for completion in output.outputs:
+            seed = None if params.seed is None else params.seed + completion.index
+            its_params = params if not completion.index else replace(params, seed=seed)
+            samples.append(self._new_request(output, completion, its_params, stream, rank))
+        samples[0].siblings = samples[1:]
+        return samples
+
+    def _new_request(
+        self, output: RequestOutput, completion: CompletionOutput, params: SamplingParams, stream: bool, rank: float
+    ) -> Request:
         room = self.context_length - len(output.prompt_token_ids)
         stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        request = Request(output, params, stop_ids, min(room, params.max_tokens or room))
+        request = Request(output, completion, params, stop_ids, min(room, params.max_tokens or room), rank)
         if params.logprobs is not None:
-            output.outputs[0].logprobs = []
+            completion.logprobs = []
         if self.tokenizer is not None and (stream or params.stop):
             request.decoder = IncrementalDecoder(self.tokenizer, params.skip_special_tokens)
         request.streams = stream

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
+Uint8 = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,22 @@ class Executor(Protocol):
     page_size: int
     vocab_size: int
     max_tokens_per_step: int
+    page_shape: tuple[int, int]  # layers, and bytes of a page of one layer
 
     def step(self, batch: StepInput) -> Float32:
         """Logits, (rows, vocab_size) float32. The array is valid until the next call."""
+        ...
+
+    def copy_page(self, source: int, to: int) -> None:
+        """Copy a page's contents on the device, in the order of steps."""
+        ...
+
+    def read_page(self, page: int, to: Uint8) -> None:
+        """A page's contents, as they are after the steps that were begun, to memory of `page_shape`."""
+        ...
+
+    def write_page(self, page: int, contents: Uint8) -> None:
+        """What `read_page` gave, into a page, before the next step is begun."""
         ...
 
 

@@ -8,13 +8,15 @@ from mlcgen.runtime.sampler import Sampled, Sampler
 
 __all__ = ["HostSampling", "sample_rows"]
 
+Drafts = Sequence[Sequence[int]]  # for each sampler
+
 
 class HostSampling:
     """Gives an executor of logits the interface of one that samples."""
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self._batch: tuple[StepInput, Sequence[Sampler]] | None = None
+        self._batch: tuple[StepInput, Sequence[Sampler], Drafts] | None = None
 
     def looks_ahead(self, samplers: Sequence[Sampler]) -> bool:
         """See SamplingExecutor.looks_ahead."""
@@ -23,26 +25,45 @@ class HostSampling:
     def start(self, batch: StepInput, samplers: Sequence[Sampler], sampled_rows: Int32 | None = None) -> None:
         """See SamplingExecutor.start."""
         assert sampled_rows is None
-        self._batch = batch, samplers
+        self._batch = batch, samplers, [[]] * len(samplers)
+
+    def start_drafts(self, batch: StepInput, samplers: Sequence[Sampler], drafts: Drafts) -> None:
+        """Likewise, with a row of logits for each token of a sampler's draft before the one for the token after it."""
+        self._batch = batch, samplers, drafts
 
     def finish(self) -> Sampled:
         """See SamplingExecutor.finish."""
         assert self._batch is not None, "start a step first"
-        (batch, samplers), self._batch = self._batch, None
+        (batch, samplers, drafts), self._batch = self._batch, None
         logits = self._executor.step(batch)  # (rows, vocab)
-        assert logits.shape == (len(samplers), self._executor.vocab_size), logits.shape
-        return sample_rows(logits, samplers)
+        assert logits.shape == (len(batch.logit_rows), self._executor.vocab_size), logits.shape
+        return sample_rows(logits, samplers, drafts)
 
 
-def sample_rows(logits: Float32, samplers: Sequence[Sampler]) -> Sampled:
-    """logits: (rows, vocab), a row for each sampler."""
+def sample_rows(logits: Float32, samplers: Sequence[Sampler], drafts: Drafts) -> Sampled:
+    """logits: (rows, vocab), for each sampler a row per token of its draft and one more.
+
+    A row after the first one whose token is not the draft's means nothing, and is not sampled.
+    """
     best = logits.argmax(axis=1).tolist()
-    sampled = Sampled(list(best), [float(row[top]) for row, top in zip(logits, best, strict=True)], [None] * len(best))
-    for i, (sampler, row) in enumerate(zip(samplers, logits, strict=True)):
-        if not math.isfinite(sampled.maxima[i]):  # a NaN wins the argmax
-            continue
-        if not sampler.is_argmax:
-            sampled.tokens[i] = sampler.sample(row, best[i])
-        if sampler.params.logprobs is not None:
-            sampled.logprobs[i] = sampler.logprobs(row, best[i], sampled.tokens[i])
+    maxima = [float(row[top]) for row, top in zip(logits, best, strict=True)]
+    sampled = Sampled(list(best), maxima, [None] * len(best))
+    first = 0
+    for sampler, draft in zip(samplers, drafts, strict=True):
+        for row, guess in enumerate([*draft, None], first):
+            if _sample_row(logits[row], row, sampler, sampled) != guess:
+                break
+        first += 1 + len(draft)
     return sampled
+
+
+def _sample_row(logits: Float32, row: int, sampler: Sampler, sampled: Sampled) -> int | None:
+    """logits (vocab,); `sampled` has the largest one. Returns the token, or None where no logits are to be trusted."""
+    best = sampled.tokens[row]
+    if not math.isfinite(sampled.maxima[row]):  # a NaN wins the argmax
+        return None
+    if not sampler.is_argmax:
+        sampled.tokens[row] = sampler.sample(logits, best)
+    if sampler.params.logprobs is not None:
+        sampled.logprobs[row] = sampler.logprobs(logits, best, sampled.tokens[row])
+    return sampled.tokens[row]

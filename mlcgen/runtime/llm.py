@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from mlcgen.errors import MlcgenError, RequestError
 from mlcgen.runtime.engine import Engine, Prompt
+from mlcgen.runtime.options import EngineOptions
 from mlcgen.runtime.outputs import Delta, DeltaCursor, RequestOutput
 from mlcgen.runtime.sampler import SamplingParams
 from mlcgen.runtime.tokenizer import Message, Tokenizer
@@ -27,6 +28,7 @@ def load_engine(
     max_batch: int | None = None,
     num_threads: int | None = None,
     gpu_memory_utilization: float = 0.9,
+    options: EngineOptions | None = None,
 ) -> Engine:
     """An engine on the artifact at `path`. Arguments and errors as in `LLM`."""
     from mlcgen.runtime.load import load_executor  # late: it brings the device's libraries
@@ -40,7 +42,7 @@ def load_engine(
         gpu_memory_utilization=gpu_memory_utilization,
     )
     tokenizer = Tokenizer(model.tokenizer_path, model.tokenizer_config) if model.tokenizer_path else None
-    return Engine(model.executor, tokenizer, model.eos_token_ids, model.context_length, model.max_batch)
+    return Engine(model.executor, tokenizer, model.eos_token_ids, model.context_length, model.max_batch, options)
 
 
 class LLM:
@@ -49,6 +51,7 @@ class LLM:
     path: an artifact directory. target: "auto" or a name as in `mlcgen run --target`. num_pages: size of the KV cache
     (None: what memory allows). max_batch: sequences per step (None: as compiled). num_threads: CPU threads (None: all
     cores). gpu_memory_utilization: share of a GPU's memory that weights, workspace and KV cache may take together.
+    options: how the engine serves.
     Raises ArtifactError or TargetError if the artifact cannot run here, DeviceError where memory is short.
     """
 
@@ -60,8 +63,9 @@ class LLM:
         max_batch: int | None = None,
         num_threads: int | None = None,
         gpu_memory_utilization: float = 0.9,
+        options: EngineOptions | None = None,
     ) -> None:
-        self.engine = load_engine(path, target, num_pages, max_batch, num_threads, gpu_memory_utilization)
+        self.engine = load_engine(path, target, num_pages, max_batch, num_threads, gpu_memory_utilization, options)
         self._ids = itertools.count()
 
     @property
@@ -168,6 +172,7 @@ class AsyncEngine:
         max_batch: int | None = None,
         num_threads: int | None = None,
         gpu_memory_utilization: float = 0.9,
+        options: EngineOptions | None = None,
     ) -> None:
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}  # the engine's thread only
@@ -175,7 +180,7 @@ class AsyncEngine:
         self._lock = threading.Lock()
         self._is_closed = False
         loaded: Future[Engine] = Future()
-        load = partial(load_engine, path, target, num_pages, max_batch, num_threads, gpu_memory_utilization)
+        load = partial(load_engine, path, target, num_pages, max_batch, num_threads, gpu_memory_utilization, options)
         self._thread = threading.Thread(target=self._run, args=(load, loaded), name="mlcgen-engine", daemon=True)
         self._thread.start()
         engine = loaded.result()

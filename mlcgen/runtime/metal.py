@@ -164,6 +164,14 @@ class MetalDevice:
         held = self._temporary(to.nbytes)
         self._copy(buffer, offset, held, 0, to.nbytes).downloads.append((to, held))
 
+    def copy(self, to: Address, source: Address, num_bytes: int) -> None:
+        """See Device.copy."""
+        self._start(functools.partial(self._copy_within, to, source, num_bytes))
+
+    def _copy_within(self, to: Address, source: Address, num_bytes: int) -> None:
+        (here, start), (there, at) = self._located(source, num_bytes), self._located(to, num_bytes)
+        self._copy(here, start, there, at, num_bytes)
+
     def _temporary(self, num_bytes: int) -> Any:
         buffer = self._new_buffer(num_bytes)
         if buffer is None:

@@ -7,7 +7,7 @@ from mlcgen.errors import MlcgenError
 
 __all__ = ["CompletionOutput", "Delta", "DeltaCursor", "FinishReason", "RequestMetrics", "RequestOutput"]
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
 
 
 @dataclass
@@ -21,6 +21,9 @@ class RequestMetrics:
     num_prompt_tokens: int = 0
     num_tokens: int = 0  # generated
     num_preemptions: int = 0
+    num_cached_tokens: int = 0  # of the prompt, those that were in the cache already
+    num_drafted: int = 0  # tokens that were guessed,
+    num_accepted: int = 0  # and right
 
     @property
     def ttft_ms(self) -> float | None:
@@ -76,7 +79,7 @@ class RequestOutput:
 
     @property
     def finished(self) -> bool:
-        return self.outputs[0].finish_reason is not None
+        return all(output.finish_reason is not None for output in self.outputs)
 
     @property
     def text(self) -> str:

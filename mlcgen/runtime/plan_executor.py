@@ -15,7 +15,7 @@ import numpy as np
 
 from mlcgen.errors import RequestError
 from mlcgen.runtime.device import Address, Device
-from mlcgen.runtime.executor import Float32, Int32, StepInput
+from mlcgen.runtime.executor import Float32, Int32, StepInput, Uint8
 from mlcgen.runtime.pinned import PinnedRows, power_of_two
 from mlcgen.runtime.plan import ITEM_BYTES
 from mlcgen.runtime.sizes import evaluate
@@ -71,6 +71,7 @@ class PlanExecutor:
         self.max_tokens_per_step = int(plan["max_tokens_per_step"])
         pages = plan["pages"]
         page_bytes = prod(pages["shape"]) * ITEM_BYTES[pages["dtype"]]
+        self.page_shape = int(pages["layers"]), page_bytes
         self._pages = [device.allocate(num_pages * page_bytes, "KV pages") for _ in range(pages["layers"])]
         self._storages = [device.allocate(size, "intermediate results") for size in plan["storages"]]
         self._scratch = device.allocate(plan["scratch"], "kernels' scratch memory")
@@ -93,6 +94,24 @@ class PlanExecutor:
         self.device.download(logits, self.logits_address(step))
         self.device.synchronize()
         return logits
+
+    def copy_page(self, source: int, to: int) -> None:
+        """See Executor.copy_page."""
+        num_bytes = self.page_shape[1]
+        for pages in self._pages:
+            self.device.copy(pages + to * num_bytes, pages + source * num_bytes, num_bytes)
+
+    def read_page(self, page: int, to: Uint8) -> None:
+        """See Executor.read_page."""
+        for layer, pages in zip(to, self._pages, strict=True):
+            self.device.download(layer, pages + page * self.page_shape[1])
+        self.device.synchronize()
+
+    def write_page(self, page: int, contents: Uint8) -> None:
+        """See Executor.write_page."""
+        for layer, pages in zip(contents, self._pages, strict=True):
+            self.device.upload(pages + page * self.page_shape[1], layer)
+        self.device.synchronize()  # the contents may change afterwards
 
     def launched(self, batch: StepInput, **more: Int32 | None) -> Step:
         """The batch's step, begun. more: inputs beside the batch's, of shapes `more_inputs`."""

@@ -26,7 +26,7 @@ class SamplingParams:
     """How to choose tokens and when to stop. Raises RequestError that names the field and its value."""
 
     n: int = 1
-    """Sequences per prompt; only 1 for now."""
+    """Sequences per prompt: with a seed, the i-th has seed + i. They share the prompt's pages."""
     temperature: float = 1.0
     """0 takes the most likely token (greedy)."""
     top_p: float = 1.0
@@ -103,7 +103,7 @@ _INT = (int, np.integer)
 _NUMBER = (int, float, np.integer, np.floating)
 _BOOL = (bool,)
 _CHECKS: list[tuple[str, tuple[type, ...], Callable[[Any], bool], str]] = [
-    ("n", _INT, lambda x: x == 1, "1 (several sequences per prompt are not supported yet: repeat the prompt)"),
+    ("n", _INT, lambda x: 1 <= x <= 1024, "an integer from 1 to 1024"),
     ("temperature", _NUMBER, lambda x: 0 <= x < math.inf, "a finite number >= 0"),
     ("top_p", _NUMBER, lambda x: 0 < x <= 1, "a number in (0, 1]"),
     ("top_k", _INT, lambda x: x >= -1, "an integer >= 1, or 0 or -1 for all tokens"),

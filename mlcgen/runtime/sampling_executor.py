@@ -9,6 +9,7 @@ from mlcgen.runtime.device import Address, Device
 from mlcgen.runtime.executor import Int32, StepInput
 from mlcgen.runtime.plan_executor import PlanExecutor, Step
 from mlcgen.runtime.sampler import Sampled, Sampler
+from mlcgen.runtime.speculation import MAX_ROWS
 
 TAKE_TOKENS = "take_tokens"
 
@@ -50,7 +51,8 @@ class SamplingPlanExecutor(PlanExecutor):
     ) -> None:
         """sampling(device, vocabulary's size, most rows)"""
         super().__init__(device, plan, manifest, weights, num_pages)
-        self._samplers = [sampling(device, self.vocab_size, self.max_batch) for _ in range(self.TURNS)]
+        rows = max(self.max_batch, MAX_ROWS)  # drafts have rows of their own
+        self._samplers = [sampling(device, self.vocab_size, rows) for _ in range(self.TURNS)]
         self._started: deque[int] = deque()  # turns under way
 
     def looks_ahead(self, samplers: Sequence[Sampler]) -> bool:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from mlcgen.errors import ArtifactError, RequestError
 from mlcgen.runtime.cpu import usable_cores
-from mlcgen.runtime.executor import Float32, StepInput
+from mlcgen.runtime.executor import Float32, StepInput, Uint8
 from mlcgen.safetensors import ALIGNMENT
 
 KV_STORAGE = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
@@ -94,6 +94,8 @@ class VmExecutor:
             tvm_ffi.get_global_func("runtime.config_threadpool")(1, num_threads)
         shape = (num_pages, 2, int(kv["num_kv_heads"]), self.page_size, int(kv["head_dim"]))
         pages = [_zero_pages(shape, KV_STORAGE[kv["dtype"]]) for _ in range(int(kv["num_layers"]))]
+        self._page_bytes = [page.reshape(num_pages, -1).view(np.uint8) for page in pages]  # (num_pages, bytes)
+        self.page_shape = len(pages), self._page_bytes[0].shape[1]
         self._pages = [self._tensor(page) for page in pages]
         self._weights = [self._tensor(weights[name]) for name in manifest["entry"]["weights"]]
         self._inputs: list[str] = list(manifest["entry"]["inputs"])
@@ -109,6 +111,21 @@ class VmExecutor:
         logits = self._forward(*inputs, *self._pages, *self._weights)
         result: Float32 = np.from_dlpack(logits)[:wanted]  # type: ignore[assignment]
         return result
+
+    def copy_page(self, source: int, to: int) -> None:
+        """See Executor.copy_page."""
+        for pages in self._page_bytes:
+            pages[to] = pages[source]
+
+    def read_page(self, page: int, to: Uint8) -> None:
+        """See Executor.read_page."""
+        for layer, pages in zip(to, self._page_bytes, strict=True):
+            layer[:] = pages[page]
+
+    def write_page(self, page: int, contents: Uint8) -> None:
+        """See Executor.write_page."""
+        for layer, pages in zip(contents, self._page_bytes, strict=True):
+            pages[page] = layer
 
     def _stage(self, name: str, array: npt.NDArray[Any]) -> Any:
         """The tensor of an input. While its shape stays the same, as when decoding, memory and tensor are kept."""

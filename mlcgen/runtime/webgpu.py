@@ -162,6 +162,7 @@ class WebgpuDevice:
         self._replayed: list[Graph] = []  # since the last wait
         self._recording: Graph | None = None
         self._submission = 0  # the last one
+        self._between: Any = None  # for copies within a buffer
         self._downloads = _Downloads()  # not yet marked
         self._marked: list[_Downloads | None] = [None, None]
         self._idle: list[_Downloads] = []  # whose buffers can be used again
@@ -235,6 +236,19 @@ class WebgpuDevice:
         self._commands.append(encoder.finish())
         downloads.copies.append((to, downloads.end))
         downloads.end += -(-size // SLOT) * SLOT
+
+    def copy(self, to: Address, source: Address, num_bytes: int) -> None:
+        """See Device.copy. WebGPU does not copy within a buffer, so it goes by way of another."""
+        import wgpu
+
+        size = -(-num_bytes // 4) * 4
+        if self._between is None or self._between.size < size:
+            usage = wgpu.BufferUsage.COPY_SRC | wgpu.BufferUsage.COPY_DST
+            self._between = self._device.create_buffer(size=size, usage=usage)
+        here, there, encoder = self._buffer(source), self._buffer(to), self._encoded_calls()
+        encoder.copy_buffer_to_buffer(here.wgpu, source - here.start, self._between, 0, size)
+        encoder.copy_buffer_to_buffer(self._between, 0, there.wgpu, to - there.start, size)
+        self._commands.append(encoder.finish())
 
     def _make_room(self, num_bytes: int) -> None:
         """For so many bytes more in the buffer that the host can read."""

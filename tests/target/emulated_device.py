@@ -56,6 +56,9 @@ class EmulatedDevice:
     def download(self, to: np.ndarray, source: int) -> None:
         self._do(lambda: to.reshape(-1).view(np.uint8).__setitem__(slice(None), self._at(source)[: to.nbytes]))
 
+    def copy(self, to: int, source: int, num_bytes: int) -> None:
+        self._do(lambda: self._at(to)[:num_bytes].__setitem__(slice(None), self._at(source)[:num_bytes]))
+
     def synchronize(self) -> None: ...
     def mark(self, which: int) -> None: ...
     def wait(self, which: int) -> None: ...

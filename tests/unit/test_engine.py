@@ -42,6 +42,7 @@ class NumpyExecutor:
         self.qkv = random.standard_normal((3, WIDTH, HEADS, HEAD_DIM)) / WIDTH**0.5
         self.head = random.standard_normal((WIDTH, VOCAB))
         self.pages = np.full((num_pages, 2, HEADS, page_size, HEAD_DIM), np.nan)
+        self.page_shape = (1, self.pages[0].nbytes)
         self.poisoned_token: int | None = None
         self.fail_next = False
         self.num_steps = 0
@@ -61,6 +62,15 @@ class NumpyExecutor:
         if self.poisoned_token is not None:
             logits[batch.input_ids[batch.logit_rows] == self.poisoned_token, 5] = np.nan
         return logits.astype(np.float32)
+
+    def copy_page(self, source: int, to: int) -> None:
+        self.pages[to] = self.pages[source]
+
+    def read_page(self, page: int, to: np.ndarray) -> None:
+        to[0] = self.pages[page].reshape(-1).view(np.uint8)
+
+    def write_page(self, page: int, contents: np.ndarray) -> None:
+        self.pages[page] = contents[0].view(np.float64).reshape(self.pages.shape[1:])
 
     def attend(self, batch: StepInput, s: int) -> Any:
         rows = range(batch.query_start[s], batch.query_start[s + 1])
@@ -91,7 +101,8 @@ class NumpyExecutor:
         assert batch.slot_mapping.max() < self.num_pages * self.page_size
         last = batch.query_start[1:] - 1
         assert (batch.positions[last] + 1 == batch.seq_lens).all()
-        assert set(batch.logit_rows.tolist()) <= set(last.tolist())
+        assert (np.diff(batch.logit_rows) > 0).all()
+        assert set(batch.logit_rows.tolist()) <= set(range(num_tokens))
         for s in range(num_seqs):
             assert (np.diff(batch.positions[batch.query_start[s] : batch.query_start[s + 1]]) == 1).all()
 

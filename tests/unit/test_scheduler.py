@@ -1,4 +1,7 @@
-"""Scheduling with plain integers: nothing leaks, nothing starves, no step exceeds its bounds."""
+"""Scheduling with plain integers: nothing leaks, nothing starves, every token sees the right keys and values."""
+
+import random
+import zlib
 
 import pytest
 from hypothesis import given, settings
@@ -7,37 +10,94 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from mlcgen.errors import RequestError
 from mlcgen.runtime.kv_cache import PagePool, num_pages_for
-from mlcgen.runtime.scheduler import Scheduler, Sequence
+from mlcgen.runtime.prefix_cache import ROOT
+from mlcgen.runtime.scheduler import Scheduled, Scheduler, Sequence
+
+VOCAB = 3  # few, so that prompts have beginnings in common
+
+
+def next_token(tokens: list[int]) -> int:
+    """The model: what comes next depends on all that was before."""
+    return zlib.crc32(bytes(tokens)) % VOCAB
+
+
+def completed(prompt: list[int], num_wanted: int) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + num_wanted:
+        tokens.append(next_token(tokens))
+    return tokens
 
 
 class Job(Sequence):
-    """A sequence that ends by itself after `num_wanted` tokens."""
+    """A sequence that ends by itself after `num_wanted` tokens. prompt: its tokens, or how many that nobody shares."""
 
-    def __init__(self, arrival: int, num_prompt: int, num_wanted: int) -> None:
-        super().__init__(num_prompt)
+    def __init__(self, arrival: int, prompt: int | list[int], num_wanted: int, rank: float = 0.0) -> None:
+        own = random.Random(arrival)
+        super().__init__(prompt if isinstance(prompt, list) else [own.randrange(VOCAB) for _ in range(prompt)], rank)
         self.arrival = arrival
-        self.num_final = num_prompt + num_wanted
+        self.prompt = list(self.tokens)
+        self.num_wanted = num_wanted
+        self.num_final = len(self.tokens) + num_wanted
+
+
+class Memory:
+    """The pages' contents: for each slot the tokens up to the one whose key and value it holds."""
+
+    def __init__(self, scheduler: Scheduler[Job]) -> None:
+        self.scheduler, self.size = scheduler, scheduler.page_size
+        self.device: dict[int, list[bytes | None]] = {}
+        self.host: dict[int, list[bytes | None]] = {}
+
+    def transfer(self, step: Scheduled[Job]) -> None:
+        for transfer in step.transfers:
+            source = self.host if transfer.kind == "load" else self.device
+            to = self.host if transfer.kind == "save" else self.device
+            to[transfer.to] = list(source.get(transfer.source, [None] * self.size))
+
+    def run(self, batch: list[Job]) -> None:
+        """Write what the step computes, then check that each token sees all before it."""
+        for job in batch:
+            tokens = job.tokens + job.draft
+            for at in range(job.num_computed, job.num_computed + job.num_scheduled):
+                page = job.table[at // self.size]
+                assert not self.scheduler.pool.is_shared(page), "a write into a page that others need"
+                self.device.setdefault(page, [None] * self.size)[at % self.size] = bytes(tokens[: at + 1])
+        for job in batch:
+            tokens = job.tokens + job.draft
+            for at in range(job.num_computed + job.num_scheduled):
+                assert self.device[job.table[at // self.size]][at % self.size] == bytes(tokens[: at + 1])
 
 
 def make_scheduler(
-    num_pages: int = 8, page_size: int = 4, max_batch: int = 4, max_tokens_per_step: int = 16
+    num_pages: int = 8, page_size: int = 4, max_batch: int = 4, max_tokens_per_step: int = 16, **options: object
 ) -> Scheduler[Job]:
-    return Scheduler(PagePool(num_pages), page_size, max_batch, max_tokens_per_step)
+    return Scheduler(PagePool(num_pages), page_size, max_batch, max_tokens_per_step, **options)  # type: ignore[arg-type]
 
 
-def run_step(scheduler: Scheduler[Job]) -> tuple[list[Job], list[Job], list[Job]]:
-    """One iteration as the engine does it: (batch, finished, failed)."""
-    batch, failed = scheduler.schedule()
-    check_batch(scheduler, batch)
-    scheduler.advance(batch)
+def run_step(scheduler: Scheduler[Job], memory: Memory | None = None) -> tuple[list[Job], list[Job], list[Job]]:
+    """One iteration as the engine does it: (batch, finished, outgrown)."""
+    step = scheduler.schedule()
+    check_batch(scheduler, step.batch)
+    if memory is not None:
+        memory.transfer(step)
+        memory.run(step.batch)
+    scheduler.advance(step.batch)
     finished = []
-    for job in batch:
+    for job in step.batch:
         if job.num_uncomputed == 0:
-            job.num_tokens += 1
+            draft, right = job.draft, 0
+            while True:
+                job.tokens.append(next_token(job.tokens))
+                job.num_tokens += 1
+                if right == len(draft) or job.num_tokens >= job.num_final or draft[right] != job.tokens[-1]:
+                    break
+                right += 1
+            scheduler.accept(job, right)
             if job.num_tokens == job.num_final:
+                assert job.tokens == completed(job.prompt, job.num_wanted)
                 scheduler.remove(job)
                 finished.append(job)
-    return batch, finished, failed
+    return step.batch, finished, step.outgrown
 
 
 def check_batch(scheduler: Scheduler[Job], batch: list[Job]) -> None:
@@ -46,43 +106,92 @@ def check_batch(scheduler: Scheduler[Job], batch: list[Job]) -> None:
     assert sum(job.num_scheduled for job in batch) <= scheduler.max_tokens_per_step
     assert len(scheduler.running) <= scheduler.max_batch
     for job in batch:
-        assert 1 <= job.num_scheduled <= job.num_uncomputed
+        assert 1 <= job.num_scheduled <= job.num_uncomputed + len(job.draft)
         assert job.num_computed + job.num_scheduled <= len(job.table) * scheduler.page_size
     is_chunk = [job.num_uncomputed > 1 for job in batch]
     first_chunk = is_chunk.index(True) if True in is_chunk else len(batch)
-    decodes_later = [job for job in batch[first_chunk:] if job.num_uncomputed == 1 and job.num_computed]
+    decodes_later = [job for job in batch[first_chunk:] if job.num_uncomputed == 1 and job.draft]
     assert not decodes_later
 
 
 def check_pages(scheduler: Scheduler[Job]) -> None:
     held = [page for job in scheduler.running for page in job.table.pages.tolist()]
-    assert len(set(held)) == len(held)
-    assert scheduler.pool.num_free == scheduler.pool.num_pages - len(held)
+    for page in range(scheduler.pool.num_pages):
+        assert scheduler.pool.num_references(page) == held.count(page)
+    assert scheduler.pool.num_free == scheduler.pool.num_pages - len(set(held))
     assert all(len(job.table) == 0 and job.num_computed == 0 for job in scheduler.waiting)
+    saved = [page for job in scheduler.waiting for page in job.saved]
+    assert len(set(saved)) == len(saved) == scheduler.host_pool.num_pages - scheduler.host_pool.num_free
+    assert not any(job.saved for job in scheduler.running)
+    if scheduler.cache is not None:
+        assert scheduler.pool.num_idle <= len(scheduler.cache) <= scheduler.pool.num_pages
+        check_tree(scheduler)
+
+
+def check_tree(scheduler: Scheduler[Job]) -> None:
+    """Every page of the tree has its parent there."""
+    assert scheduler.cache is not None
+    keys = scheduler.cache._keys
+    for page, key in keys.items():
+        assert scheduler.cache._pages[key] == page
+        assert key[0] == ROOT or key[0] in keys
 
 
 class SchedulerMachine(RuleBasedStateMachine):
+    """All that happens to a scheduler: arrivals, forks, aborts, failures, drafts right and wrong, and steps."""
+
     @initialize(
         num_pages=st.integers(1, 40),
-        page_size=st.integers(1, 256),
+        page_size=st.sampled_from([1, 2, 2, 4, 4, 5, 16, 256]),
         max_batch=st.integers(1, 6),
         max_tokens=st.integers(1, 64),
+        host_pages=st.sampled_from([0, 3, 100]),
+        prefix_cache=st.booleans(),
     )
-    def create(self, num_pages: int, page_size: int, max_batch: int, max_tokens: int) -> None:
+    def create(
+        self, num_pages: int, page_size: int, max_batch: int, max_tokens: int, host_pages: int, prefix_cache: bool
+    ) -> None:
         page_size = min(page_size, max(1, 400 // num_pages)) if num_pages > 4 else page_size
-        self.scheduler = make_scheduler(num_pages, page_size, max_batch, max_tokens)
+        options = {"prefix_cache": prefix_cache, "host_pool": PagePool(host_pages)}
+        self.scheduler = make_scheduler(num_pages, page_size, max_batch, max_tokens, **options)
+        self.memory = Memory(self.scheduler)
         self.alive: list[Job] = []
         self.arrivals = 0
+        self.prompts: list[list[int]] = [[0]]
 
-    @rule(num_prompt=st.integers(1, 150), num_wanted=st.integers(1, 60))
-    def arrive(self, num_prompt: int, num_wanted: int) -> None:
-        job = Job(self.arrivals, num_prompt, num_wanted)
+    def arrived(self, prompt: list[int], num_wanted: int, rank: float) -> Job:
         self.arrivals += 1
-        if num_pages_for(num_prompt + 1, self.scheduler.page_size) > self.scheduler.pool.num_pages:
+        self.prompts.append(prompt)
+        return Job(self.arrivals, prompt, num_wanted, rank)
+
+    @rule(
+        data=st.data(),
+        num_own=st.integers(1, 60),
+        num_wanted=st.integers(1, 60),
+        rank=st.sampled_from([0, 0, 0, -1, 1]),
+    )
+    def arrive(self, data: st.DataObject, num_own: int, num_wanted: int, rank: int) -> None:
+        """With the beginning of an earlier prompt."""
+        shared = data.draw(st.sampled_from(self.prompts))
+        if num_own:
+            shared = shared[: data.draw(st.integers(0, len(shared)))]
+        own = random.Random(self.arrivals)
+        prompt = shared + [own.randrange(VOCAB) for _ in range(num_own)]
+        job = self.arrived(prompt, num_wanted, rank)
+        if num_pages_for(job.num_tokens + 1, self.scheduler.page_size) > self.scheduler.pool.num_pages:
             with pytest.raises(RequestError, match="KV cache holds"):
                 self.scheduler.add(job)
         else:
             self.scheduler.add(job)
+            self.alive.append(job)
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule(data=st.data(), num_wanted=st.integers(1, 30))
+    def fork(self, data: st.DataObject, num_wanted: int) -> None:
+        parent = data.draw(st.sampled_from(self.scheduler.running))
+        job = self.arrived(list(parent.tokens), num_wanted, parent.rank)
+        if num_pages_for(job.num_tokens + 1, self.scheduler.page_size) <= self.scheduler.pool.num_pages:
+            self.scheduler.fork(job, parent)
             self.alive.append(job)
 
     @precondition(lambda self: self.alive)
@@ -92,22 +201,46 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.remove(job)
         self.alive.remove(job)
 
-    @rule()
+    @rule(happens=st.sampled_from([False] * 5 + [True]))
+    def fail(self, happens: bool) -> None:
+        """The device has lost its memory."""
+        if not happens:
+            return
+        self.scheduler.restart()
+        self.memory.device.clear()
+        self.memory.host.clear()
+
+    @rule(data=st.data())
+    def guess(self, data: st.DataObject) -> None:
+        for job in self.scheduler.running:
+            length = data.draw(st.integers(0, 9))
+            if job.num_uncomputed == 1:
+                job.draft = completed(job.tokens, length)[len(job.tokens) :]
+                if job.draft and data.draw(st.booleans()):
+                    job.draft[data.draw(st.integers(0, len(job.draft) - 1))] = 0
+
+    @rule(count=st.integers(1, 12))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
+
     def step(self) -> None:
-        oldest = min(self.alive, key=lambda job: job.arrival, default=None)
-        before = oldest.num_computed if oldest else 0
-        batch, finished, failed = run_step(self.scheduler)
-        if oldest and oldest not in failed:
-            assert oldest in batch or self.scheduler.max_tokens_per_step < len(self.scheduler.running)
-            assert oldest in finished or oldest.num_computed > before or oldest not in batch
-        for job in failed:
+        first = min(self.alive, key=lambda job: job.order, default=None)
+        before = first.num_computed if first else 0
+        batch, finished, outgrown = run_step(self.scheduler, self.memory)
+        if first and first not in outgrown:
+            is_full = sum(job.num_scheduled for job in batch) == self.scheduler.max_tokens_per_step
+            assert first in batch or is_full
+            assert first in finished or first.num_computed > before or first not in batch
+        for job in outgrown:
             assert num_pages_for(job.num_tokens, self.scheduler.page_size) > self.scheduler.pool.num_pages
-        self.alive = [job for job in self.alive if job not in finished and job not in failed]
+        self.alive = [job for job in self.alive if job not in finished and job not in outgrown]
 
     @invariant()
-    def queues_are_in_order_of_arrival(self) -> None:
-        jobs = [*self.scheduler.running, *self.scheduler.waiting]
-        assert [job.arrival for job in jobs] == sorted(job.arrival for job in self.alive)
+    def queues_are_in_order(self) -> None:
+        for queue in (self.scheduler.running, self.scheduler.waiting):
+            assert [job.order for job in queue] == sorted(job.order for job in queue)
+        assert {*map(id, self.scheduler.running), *map(id, self.scheduler.waiting)} == set(map(id, self.alive))
 
     @invariant()
     def pages_add_up(self) -> None:
@@ -123,10 +256,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.alive, "a request starved"
         assert not self.scheduler.has_work
         assert self.scheduler.pool.num_free == self.scheduler.pool.num_pages
+        assert self.scheduler.host_pool.num_free == self.scheduler.host_pool.num_pages
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
+TestScheduler.settings = settings(deadline=None, max_examples=200, stateful_step_count=40)
 
 
 def test_a_step_mixes_decodes_and_prompts_of_different_lengths() -> None:

@@ -1,0 +1,37 @@
+"""How an engine serves: what can be chosen when an artifact is loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mlcgen.errors import RequestError
+
+__all__ = ["EngineOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Raises RequestError that names the field and its value."""
+
+    prefix_cache: bool = True
+    """Keep the pages of finished sequences, for those that begin as they did."""
+    tokens_per_step: int | None = None
+    """Tokens of one step at most, decodes first, then chunks of prompts: fewer make other requests' tokens come more
+    evenly, more make prompts faster. None: as compiled."""
+    swap_bytes: int = 1 << 30
+    """Memory of the host for the pages of preempted sequences, used as far as needed; 0: they are computed anew."""
+    swap_file: Path | None = None
+    """Where these pages go instead of memory; the file is made, and removed at the end."""
+    speculation: Literal["off", "ngram"] = "off"
+    """Guess tokens and verify several in one step, which does not change what is generated. ngram: as they went on
+    before in the same text."""
+    max_draft: int = 8
+    """Tokens guessed at once, at most; how many it pays to guess is measured."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("tokens_per_step", 1), ("swap_bytes", 0), ("max_draft", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise RequestError(f"{name}={value!r} is not valid; it must be an integer of at least {least}")
+        if self.speculation not in ("off", "ngram"):
+            raise RequestError(f"speculation={self.speculation!r} is not known; have: off, ngram")
