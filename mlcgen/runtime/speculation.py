@@ -27,7 +27,9 @@ class NgramDrafter:
         for size, ends in zip(SIZES, self._ends, strict=True):
             start = ends.get(tuple(tokens[-size:]))
             if start is not None:
-                return list(tokens[start : start + count])
+                draft = list(tokens[start : start + count])
+                period = len(draft)
+                return [draft[i % period] for i in range(count)] if start + count > len(tokens) else draft
         return []
 
     def _index(self, tokens: Sequence[int]) -> None:

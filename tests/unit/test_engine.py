@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,93 +18,11 @@ from mlcgen.runtime import llm as llm_module
 from mlcgen.runtime.engine import Engine
 from mlcgen.runtime.executor import Float32, StepInput
 from mlcgen.runtime.llm import LLM, AsyncEngine
-from mlcgen.runtime.outputs import Delta, RequestOutput
+from mlcgen.runtime.outputs import Delta
 from mlcgen.runtime.sampler import SamplingParams
 from mlcgen.runtime.tokenizer import Tokenizer
 
-VOCAB, HEADS, HEAD_DIM, CONTEXT = 300, 2, 8, 200
-WIDTH = HEADS * HEAD_DIM
-
-
-class NumpyExecutor:
-    """One attention layer over pages, row by row so that a token's logits do not depend on the batch's shape.
-
-    Pages start as NaN: a key that is read before it is written, or from a wrong page, does not go unnoticed.
-    """
-
-    vocab_size = VOCAB
-
-    def __init__(self, num_pages: int = 64, page_size: int = 4, max_tokens_per_step: int = 64) -> None:
-        self.num_pages, self.page_size, self.max_tokens_per_step = num_pages, page_size, max_tokens_per_step
-        random = np.random.default_rng(0)
-        self.embedding = random.standard_normal((VOCAB, WIDTH))
-        self.position = random.standard_normal((CONTEXT, WIDTH))
-        self.qkv = random.standard_normal((3, WIDTH, HEADS, HEAD_DIM)) / WIDTH**0.5
-        self.head = random.standard_normal((WIDTH, VOCAB))
-        self.pages = np.full((num_pages, 2, HEADS, page_size, HEAD_DIM), np.nan)
-        self.page_shape = (1, self.pages[0].nbytes)
-        self.poisoned_token: int | None = None
-        self.fail_next = False
-        self.num_steps = 0
-        self.threads: set[int] = set()
-        self.before_step: Callable[[], None] = lambda: None
-
-    def step(self, batch: StepInput) -> Float32:
-        self.before_step()
-        self.num_steps += 1
-        self.threads.add(threading.get_ident())
-        self.check(batch)
-        if self.fail_next:
-            self.fail_next = False
-            raise RuntimeError("out of device memory")
-        hidden = np.concatenate([self.attend(batch, s) for s in range(len(batch.seq_lens))])
-        logits = (hidden[batch.logit_rows, None] @ self.head)[:, 0]
-        if self.poisoned_token is not None:
-            logits[batch.input_ids[batch.logit_rows] == self.poisoned_token, 5] = np.nan
-        return logits.astype(np.float32)
-
-    def copy_page(self, source: int, to: int) -> None:
-        self.pages[to] = self.pages[source]
-
-    def read_page(self, page: int, to: np.ndarray) -> None:
-        to[0] = self.pages[page].reshape(-1).view(np.uint8)
-
-    def write_page(self, page: int, contents: np.ndarray) -> None:
-        self.pages[page] = contents[0].view(np.float64).reshape(self.pages.shape[1:])
-
-    def attend(self, batch: StepInput, s: int) -> Any:
-        rows = range(batch.query_start[s], batch.query_start[s + 1])
-        return np.array([self.attend_row(batch, s, row) for row in rows])
-
-    def attend_row(self, batch: StepInput, s: int, row: int) -> Any:
-        position = batch.positions[row]
-        x = self.embedding[batch.input_ids[row]] + self.position[position]
-        q, k, v = np.einsum("d,adhe->ahe", x, self.qkv)  # (heads, head_dim)
-        page, offset = divmod(int(batch.slot_mapping[row]), self.page_size)
-        self.pages[page, 0, :, offset], self.pages[page, 1, :, offset] = k, v
-        blocks = self.pages[batch.block_table[s]]  # (blocks, 2, heads, page_size, head_dim)
-        keys, values = blocks.transpose(1, 2, 0, 3, 4).reshape(2, HEADS, -1, HEAD_DIM)[:, :, : position + 1]
-        scores = np.einsum("he,hte->ht", q, keys)
-        weights = np.exp(scores - scores.max(1, keepdims=True))
-        out = np.einsum("ht,hte->he", weights / weights.sum(1, keepdims=True), values)
-        return x + 3 * out.reshape(WIDTH)
-
-    def check(self, batch: StepInput) -> None:
-        num_tokens, num_seqs = len(batch.input_ids), len(batch.seq_lens)
-        assert all(array.dtype == np.int32 and array.flags.c_contiguous for array in vars(batch).values())
-        assert batch.positions.shape == batch.slot_mapping.shape == (num_tokens,)
-        assert batch.query_start.shape == (num_seqs + 1,)
-        assert batch.query_start[0] == 0
-        assert batch.query_start[-1] == num_tokens <= self.max_tokens_per_step
-        assert (np.diff(batch.query_start) > 0).all()
-        assert len(set(batch.slot_mapping.tolist())) == num_tokens
-        assert batch.slot_mapping.max() < self.num_pages * self.page_size
-        last = batch.query_start[1:] - 1
-        assert (batch.positions[last] + 1 == batch.seq_lens).all()
-        assert (np.diff(batch.logit_rows) > 0).all()
-        assert set(batch.logit_rows.tolist()) <= set(range(num_tokens))
-        for s in range(num_seqs):
-            assert (np.diff(batch.positions[batch.query_start[s] : batch.query_start[s + 1]]) == 1).all()
+from .tiny_engine import CONTEXT, VOCAB, NumpyExecutor, greedy, make_engine, prompt_of, run, run_alone
 
 
 @pytest.fixture(scope="module")
@@ -122,37 +40,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(
         path, {"eos_token": "<eos>", "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
     )
-
-
-def greedy(max_tokens: int | None = 12, **params: Any) -> SamplingParams:
-    params = {"temperature": 0.0, "ignore_eos": True} | params
-    return SamplingParams(max_tokens=max_tokens, **params)
-
-
-def make_engine(
-    tokenizer: Tokenizer | None = None, *, max_batch: int = 8, executor: Any = None, **options: int
-) -> Engine:
-    return Engine(executor or NumpyExecutor(**options), tokenizer, [0], CONTEXT, max_batch)
-
-
-def run(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> list[RequestOutput]:
-    outputs = [engine.add_request(str(i), prompt, params) for i, (prompt, params) in enumerate(requests)]
-    for _ in range(5000):
-        if not engine.has_unfinished:
-            break
-        engine.step()
-    assert all(output.finished for output in outputs)
-    assert engine.pool.num_free == engine.pool.num_pages
-    return outputs
-
-
-def run_alone(requests: list[tuple[list[int], SamplingParams]]) -> list[list[int]]:
-    return [run(make_engine(), [request])[0].token_ids for request in requests]
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    ids: list[int] = np.random.default_rng([length, seed]).integers(1, VOCAB, length).tolist()
-    return ids
 
 
 MIXED = [(prompt_of(length), greedy(wanted)) for length, wanted in ((3, 20), (17, 4), (1, 9), (40, 12), (8, 30))]
