@@ -10,6 +10,7 @@
 #define cuMemHostAlloc hipHostMalloc
 #define cuMemFreeHost hipHostFree
 #define cuMemcpyHtoDAsync_v2 hipMemcpyHtoDAsync
+#define cuMemcpyDtoDAsync_v2 hipMemcpyDtoDAsync
 #define cuMemcpyDtoHAsync_v2 hipMemcpyDtoHAsync
 #define cuMemsetD8Async hipMemsetD8Async
 #define cuStreamCreate hipStreamCreateWithFlags

@@ -10,7 +10,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from mlcgen.errors import DeviceError, TargetError
@@ -71,25 +70,6 @@ def test_a_driver_that_is_too_old(driver: FakeDriver) -> None:
 def test_no_such_gpu(driver: FakeDriver) -> None:
     with pytest.raises((TargetError, DeviceError), match="cuDeviceGet failed with CUDA_ERROR_INVALID_DEVICE"):
         CudaDevice(1)
-
-
-@pytest.mark.parametrize("num_bytes", [1, 210, 4948])
-@pytest.mark.parametrize("pinned", [False, True])
-def test_copy_within_the_device(device: CudaDevice, num_bytes: int, pinned: bool) -> None:
-    address, elsewhere = device.allocate(num_bytes, "one"), device.allocate(num_bytes, "two")
-    sent, received = (device.pinned(num_bytes) if pinned else np.zeros(num_bytes, np.uint8) for _ in range(2))
-    sent[:] = np.arange(num_bytes) % 251
-    device.upload(address, sent)
-    device.copy(elsewhere, address, num_bytes)
-    device.download(received, elsewhere)
-    device.synchronize()
-    np.testing.assert_array_equal(received, sent)
-
-
-def test_copy_beyond_what_was_allocated(device: CudaDevice) -> None:
-    address = device.allocate(64, "numbers")
-    with pytest.raises(DeviceError, match="cuMemcpyDtoDAsync failed with CUDA_ERROR_INVALID_VALUE"):
-        device.copy(address, address + 32, 33)
 
 
 @pytest.mark.parametrize(("arch", "most"), [(80, 163 << 10), (89, 99 << 10), (90, 227 << 10)])

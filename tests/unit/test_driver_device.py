@@ -119,6 +119,25 @@ def test_round_trip(device: DriverDevice, array: npt.NDArray[Any], pinned: bool)
     np.testing.assert_array_equal(received, array)
 
 
+@pytest.mark.parametrize("num_bytes", [1, 210, 4948])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_copy_within_the_device(device: DriverDevice, num_bytes: int, pinned: bool) -> None:
+    address, elsewhere = device.allocate(num_bytes, "one"), device.allocate(num_bytes, "two")
+    sent, received = (device.pinned(num_bytes) if pinned else np.zeros(num_bytes, np.uint8) for _ in range(2))
+    sent[:] = np.arange(num_bytes) % 251
+    device.upload(address, sent)
+    device.copy(elsewhere, address, num_bytes)
+    device.download(received, elsewhere)
+    device.synchronize()
+    np.testing.assert_array_equal(received, sent)
+
+
+def test_copy_beyond_what_was_allocated(device: DriverDevice) -> None:
+    address = device.allocate(64, "numbers")
+    with pytest.raises(DeviceError, match=r"MemcpyDtoDAsync failed with \w*(?i:invalid_?value)"):
+        device.copy(address, address + 32, 33)
+
+
 def test_ordinary_memory_may_change_after_its_upload(device: DriverDevice) -> None:
     address, array = device.allocate(64, "numbers"), np.arange(16, dtype=np.int32)
     device.upload(address, array)
@@ -317,6 +336,7 @@ CALLS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {  # what makes a call,
     "cuMemFree_v2": lambda d, b: d.free(b["address"]),
     "cuMemHostAlloc": lambda d, _: d.pinned(64),
     "cuMemcpyHtoDAsync_v2": lambda d, b: d.upload(b["address"], b["held"]),
+    "cuMemcpyDtoDAsync_v2": lambda d, b: d.copy(b["address"], b["address"] + 32, 32),
     "cuMemcpyDtoHAsync_v2": lambda d, b: d.download(b["held"], b["address"]),
     "cuEventRecord": lambda d, _: d.mark(1),
     "cuEventSynchronize": lambda d, _: d.wait(0),
@@ -331,7 +351,6 @@ CALLS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {  # what makes a call,
 }
 CUDA_CALLS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "cuDeviceGetAttribute": lambda d, _: d.load(b"*", []),
-    "cuMemcpyDtoDAsync_v2": lambda d, b: d.copy(b["address"], b["address"] + 32, 32),
     "cuFuncGetAttribute": lambda d, _: d.load(MODULE, ["plain"]),
     "cuFuncSetAttribute": lambda d, _: d.load(MODULE, ["plain"]),
     "cuTensorMapEncodeTiled": lambda d, b: d.tensor_map(b["address"], "float16", (8, 2), (16,), (8, 1), 0),

@@ -272,6 +272,14 @@ def test_all_is_done_in_order(gpu: Gpu, device: MetalDevice) -> None:
     ]
 
 
+def test_a_copy_within_the_device(gpu: Gpu, device: MetalDevice) -> None:
+    address = device.allocate(32, "numbers")
+    device.upload(address, np.arange(4, dtype=np.int32))
+    device.copy(address + 16, address, 16)
+    device.upload(address, np.zeros(4, np.int32))
+    assert read(device, address + 16) == [0, 1, 2, 3]
+
+
 def test_marks(gpu: Gpu, device: MetalDevice) -> None:
     address = device.allocate(16, "numbers")
     device.wait(0)

@@ -103,6 +103,20 @@ def test_several_downloads(device: WebgpuDevice) -> None:
 
 
 @needs_device
+@pytest.mark.parametrize("count", [1, 600])
+def test_copies_within_the_device(device: WebgpuDevice, count: int) -> None:
+    """Also within one buffer; what is uploaded afterwards is not copied."""
+    values = random(count)
+    address, other = held(device, values, room=4 * count + 2560), device.allocate(4 * count, "tests")
+    device.copy(address + 2560, address, 4 * count)
+    device.copy(other, address, 4 * count)
+    device.upload(address, np.zeros(count, np.float32))
+    np.testing.assert_array_equal(read(device, address + 2560, count), values)
+    np.testing.assert_array_equal(read(device, other, count), values)
+    assert not read(device, address, count).any()
+
+
+@needs_device
 def test_marks(device: WebgpuDevice) -> None:
     """Two steps under way, each with its copies, again and again; what comes after the marks is not lost."""
     address, found = held(device, np.zeros(2, np.float32)), np.zeros((2, 2), np.float32)
