@@ -10,15 +10,17 @@ if TYPE_CHECKING:
     from mlcgen.errors import MlcgenError as MlcgenError
     from mlcgen.runtime.llm import LLM as LLM
     from mlcgen.runtime.llm import AsyncEngine as AsyncEngine
+    from mlcgen.runtime.options import EngineOptions as EngineOptions
     from mlcgen.runtime.sampler import SamplingParams as SamplingParams
 
     __version__: str
 
-__all__ = ["LLM", "AsyncEngine", "MlcgenError", "SamplingParams", "__version__", "compile"]
+__all__ = ["LLM", "AsyncEngine", "EngineOptions", "MlcgenError", "SamplingParams", "__version__", "compile"]
 
 # Loaded on first use (PEP 562): running an artifact must not import the compiler.
 _HOMES = {
     "AsyncEngine": "mlcgen.runtime.llm",
+    "EngineOptions": "mlcgen.runtime.options",
     "LLM": "mlcgen.runtime.llm",
     "MlcgenError": "mlcgen.errors",
     "SamplingParams": "mlcgen.runtime.sampler",

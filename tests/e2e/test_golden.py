@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlcgen import LLM, SamplingParams
+from mlcgen import LLM, EngineOptions, SamplingParams
 from mlcgen.add_targets import add_targets
 from mlcgen.evaluate import perplexity
 from mlcgen.runtime import webgpu
@@ -56,13 +56,33 @@ def test_smollm2_as_wgsl(compile_smollm2: Compile) -> None:
     assert_golden(llm.generate([SMOLLM2[0]["prompt"]], greedy(SMOLLM2[:1])), SMOLLM2[:1])
 
 
-def test_smollm2_with_preemption(compile_smollm2: Compile) -> None:
-    """Room for the longest sequence and a little more: the others are preempted and recomputed."""
+# Every two values of two of these come together in some case.
+ENGINES = [
+    # page size, few pages, options
+    (16, False, EngineOptions(speculation="ngram")),
+    (16, True, EngineOptions(swap_bytes=0, tokens_per_step=7, prefix_cache=False)),
+    (1, True, EngineOptions(speculation="ngram", tokens_per_step=7)),
+    (1, False, EngineOptions(swap_bytes=0, speculation="ngram", prefix_cache=False)),
+    (1, True, EngineOptions()),
+]
+
+
+@pytest.mark.parametrize(("page_size", "is_tight", "options"), ENGINES)
+def test_smollm2_whatever_the_engine_does(
+    compile_smollm2: Compile, page_size: int, is_tight: bool, options: EngineOptions
+) -> None:
+    """Few pages: room for the longest sequence and a little more, so that others are preempted."""
     longest = max(len(r["input_ids"]) + len(r["output_ids"]) for r in SMOLLM2)
-    llm = LLM(compile_smollm2("f32", page_size=1), num_pages=longest + 4)
-    together = sum(len(r["input_ids"]) + len(r["output_ids"]) for r in SMOLLM2)
-    assert together > 2 * (longest + 4)  # they cannot all stay
-    assert_golden(llm.generate([r["prompt"] for r in SMOLLM2], greedy(SMOLLM2)), SMOLLM2)
+    num_pages = -(-(longest + 4 if is_tight else 1000) // page_size)
+    llm = LLM(compile_smollm2("f32", page_size=page_size), num_pages=num_pages, options=options)
+    twice = SMOLLM2 + SMOLLM2  # the second of each finds its prompt in the cache, or being computed
+    assert_golden(llm.generate([r["prompt"] for r in twice], greedy(twice)), twice)
+    assert_golden(llm.generate([r["prompt"] for r in SMOLLM2[:1]], greedy(SMOLLM2[:1])), SMOLLM2[:1])
+    stats = llm.engine.stats()
+    assert bool(stats.num_preemptions) == is_tight
+    assert options.prefix_cache or not stats.num_cached_tokens
+    assert bool(stats.num_drafted) == (options.speculation == "ngram")
+    assert stats.num_free_pages == num_pages
 
 
 def test_first_step_logprobs(compile_smollm2: Compile) -> None:

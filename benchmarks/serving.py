@@ -1,0 +1,270 @@
+"""What the engine's features are worth on real weights, each beside the same without it, in turns.
+
+python benchmarks/serving.py [ARTIFACT] [--target T] [--case NAME ...]; without an artifact SmolLM2-135M is compiled for
+this CPU. Medians of turns; a table per case. Prompts are texts of tests/data, so nothing is downloaded.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import mlcgen
+from mlcgen.runtime.engine import Engine
+from mlcgen.runtime.llm import load_engine
+from mlcgen.runtime.options import EngineOptions
+from mlcgen.runtime.outputs import RequestOutput
+from mlcgen.runtime.sampler import SamplingParams
+
+TEXT = Path(__file__).parents[1] / "tests" / "data" / "smollm2_135m_ppl_ids_humaneval.json"
+TURNS = 3
+Row = dict[str, str]
+
+
+def greedy(max_tokens: int, **more: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **more)
+
+
+def real_tokens() -> list[int]:
+    held = json.loads(TEXT.read_text())
+    ids: list[int] = held if isinstance(held, list) else next(v for v in held.values() if isinstance(v, list))
+    return ids
+
+
+class Server:
+    """Engines with different options over one executor: weights are loaded once, and pages start empty each time."""
+
+    def __init__(self, path: Path, target: str, **sizes: Any) -> None:
+        self.loaded = load_engine(path, target, **sizes)
+
+    def engine(self, max_batch: int | None = None, **options: Any) -> Engine:
+        loaded = self.loaded
+        most = max_batch or loaded.scheduler.max_batch
+        chosen = EngineOptions(**options)
+        return Engine(loaded.executor, loaded.tokenizer, loaded.eos_token_ids, loaded.context_length, most, chosen)
+
+
+def serve(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> tuple[list[RequestOutput], float]:
+    """All requests at once; (outputs, seconds)."""
+    begun = time.perf_counter()
+    outputs = [engine.add_request(str(i), *request, stream=False) for i, request in enumerate(requests)]
+    while engine.has_unfinished:
+        engine.step()
+    assert not any(output.error for output in outputs)
+    return outputs, time.perf_counter() - begun
+
+
+def in_turns(cases: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """The median of what each gives, after one turn to warm up."""
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(TURNS + 1):
+        for name, case in cases.items():
+            value = case()
+            if turn:
+                found[name].append(value)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def mixed_load(server: Server) -> list[Row]:
+    """64 requests of 16 to 256 prompt tokens and 16 to 64 generated ones: all at once, and one after another."""
+    random, text = np.random.default_rng(0), real_tokens()
+    requests = []
+    for _ in range(64):
+        length, start = int(random.integers(16, 257)), int(random.integers(0, len(text) - 300))
+        requests.append((text[start : start + length], greedy(int(random.integers(16, 65)))))
+    num_tokens = sum(params.max_tokens or 0 for _, params in requests)
+    policy: list[float] = []
+
+    def together() -> float:
+        engine = server.engine(prefix_cache=False)
+        _, seconds = serve(engine, requests)
+        policy.append(engine.stats().policy_seconds / seconds)
+        return num_tokens / seconds
+
+    def one_by_one() -> float:
+        engine = server.engine(prefix_cache=False)
+        return num_tokens / sum(serve(engine, [request])[1] for request in requests)
+
+    rates = in_turns({"together": together, "one by one": one_by_one})
+    return [
+        {"": "generated tokens/s, one by one", "value": f"{rates['one by one']:.1f}"},
+        {"": "together", "value": f"{rates['together']:.1f}"},
+        {"": "ratio", "value": f"{rates['together'] / rates['one by one']:.2f}"},
+        {"": "scheduler's share of the time", "value": f"{statistics.median(policy):.2%}"},
+    ]
+
+
+def shared_prefix(server: Server) -> list[Row]:
+    """Time to first token of two requests with the same 1,024 tokens first and 32 of their own."""
+    text = real_tokens()
+    system = (text * 2)[:1024]
+    times: dict[str, list[float]] = {"first": [], "second": []}
+    for _ in range(TURNS):
+        engine = server.engine()
+        for name, start in (("first", 0), ("second", 500)):
+            _, seconds = serve(engine, [([*system, *text[start : start + 32]], greedy(1))])
+            times[name].append(seconds * 1e3)
+    first, second = (statistics.median(times[name]) for name in ("first", "second"))
+    return [
+        {"": "first request, ms", "value": f"{first:.1f}"},
+        {"": "second", "value": f"{second:.1f}"},
+        {"": "share", "value": f"{second / first:.1%}"},
+    ]
+
+
+EDIT = """Rewrite this code with the variable `total` renamed to `result`:
+
+def summarize(items, scale):
+    total = 0
+    for item in items:
+        if item.price > 0 and item.count > 0:
+            total = total + item.price * item.count * scale
+        elif item.price == 0:
+            total = total + scale
+        else:
+            total = total - item.price * item.count * scale
+    return total
+
+def summarize(items, scale):
+    result = 0
+    for item in items:
+"""
+
+
+def speculation(server: Server) -> list[Row]:
+    """Tokens/s of one request, an edit of its own prompt and an ordinary text, with and without guesses by n-grams."""
+    tokenizer = server.loaded.tokenizer
+    assert tokenizer is not None
+    rows = []
+    prompts = {"edit": tokenizer.encode(EDIT), "text": real_tokens()[:64]}
+    for name, prompt in prompts.items():
+        stats: dict[str, Any] = {}
+        texts: dict[str, list[int]] = {}
+
+        def run(kind: str, prompt: list[int] = prompt, stats: Any = stats, texts: Any = texts) -> float:
+            engine = server.engine(speculation=kind)
+            outputs, _ = serve(engine, [(prompt, greedy(128))])
+            stats[kind], texts[kind] = engine.stats(), outputs[0].token_ids
+            rate = outputs[0].metrics.decode_tokens_per_s
+            assert rate is not None
+            return rate
+
+        rates = in_turns({kind: lambda kind=kind: run(kind) for kind in ("off", "ngram")})  # type: ignore[misc]
+        rows.append(
+            {
+                "": name,
+                "off": f"{rates['off']:.1f}",
+                "ngram": f"{rates['ngram']:.1f}",
+                "ratio": f"{rates['ngram'] / rates['off']:.2f}",
+                "drafted": str(stats["ngram"].num_drafted),
+                "accepted": f"{stats['ngram'].acceptance:.0%}",
+                "same tokens": str(texts["off"] == texts["ngram"]),
+            }
+        )
+    return rows
+
+
+def waste(server: Server) -> list[Row]:
+    """Slots of held pages without a token, on average over the steps of a mixed load."""
+    random, text = np.random.default_rng(1), real_tokens()
+    engine = server.engine(prefix_cache=False)
+    for i in range(48):
+        length, start = int(random.integers(100, 700)), int(random.integers(0, len(text) - 800))
+        engine.add_request(str(i), text[start : start + length], greedy(int(random.integers(16, 65))), stream=False)
+    shares = []
+    size = engine.executor.page_size
+    while engine.has_unfinished:
+        engine.step()
+        running = engine.scheduler.running
+        held = sum(len(request.table) for request in running) * size
+        if held:
+            shares.append(1 - sum(request.num_tokens for request in running) / held)
+    return [{"": f"page size {size}", "value": f"{statistics.mean(shares):.2%}"}]
+
+
+def swapping(server: Server) -> list[Row]:
+    """A load that does not fit the pages: generated tokens/s with preempted pages saved, and computed anew."""
+    text = real_tokens()
+    requests = [(text[start : start + 96], greedy(64)) for start in range(0, 1600, 100)]
+    num_tokens = sum(params.max_tokens or 0 for _, params in requests)
+    stats = {}
+
+    def run(swap_bytes: int) -> float:
+        engine = server.engine(swap_bytes=swap_bytes, prefix_cache=False)
+        held = engine.pool.allocate(max(engine.pool.num_pages - 64, 0))  # leave 64 pages
+        _, seconds = serve(engine, requests)
+        engine.pool.free(held)
+        stats[swap_bytes] = engine.stats()
+        return num_tokens / seconds
+
+    rates = in_turns({"saved": lambda: run(1 << 30), "anew": lambda: run(0)})
+    return [
+        {"": name, "tokens/s": f"{rates[name]:.1f}", "preemptions": str(stats[size].num_preemptions)}
+        for name, size in (("saved", 1 << 30), ("anew", 0))
+    ]
+
+
+def aborts(server: Server) -> list[Row]:
+    """24 aborts a second while 16 requests run, for ten seconds: pages held at the end."""
+    text, engine = real_tokens(), server.engine()
+    begun, last, count, number = time.perf_counter(), 0.0, 0, 0
+    alive: list[str] = []
+    while (now := time.perf_counter() - begun) < 10:
+        while len(alive) < 16:
+            number += 1
+            engine.add_request(str(number), text[number % 500 :][:80], greedy(500), stream=False)
+            alive.append(str(number))
+        if now - last > 1 / 24:
+            last, count = now, count + 1
+            engine.abort(alive.pop(count % len(alive)))
+        engine.step()
+    for name in alive:
+        engine.abort(name)
+    while engine.has_unfinished:
+        engine.step()
+    held = engine.pool.num_pages - engine.pool.num_free
+    return [{"": "aborts", "value": str(count)}, {"": "pages held at the end", "value": str(held)}]
+
+
+CASES = {
+    "mixed load": mixed_load,
+    "shared prefix": shared_prefix,
+    "speculation": speculation,
+    "page waste": waste,
+    "swapping": swapping,
+    "aborts": aborts,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", nargs="?", type=Path)
+    parser.add_argument("--target", default="auto")
+    parser.add_argument("--quantization", default="q8", help="of SmolLM2, where no artifact is given")
+    parser.add_argument("--page-size", type=int, default=16, help="likewise")
+    parser.add_argument("--case", action="append", choices=CASES)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = arguments.artifact
+        if path is None:
+            path, options = Path(folder) / "smollm2", {"page_size": arguments.page_size, "max_batch": 64}
+            mlcgen.compile("smollm2-135m", ["cpu"], arguments.quantization, path, **options)
+        server = Server(path, arguments.target)
+        for name in arguments.case or CASES:
+            rows = CASES[name](server)
+            table = Table(*rows[0], title=name)
+            for row in rows:
+                table.add_row(*row.values())
+            Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
