@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlcgen.compile import compile as compile
     from mlcgen.errors import MlcgenError as MlcgenError
+    from mlcgen.runtime.grammar import StructuredOutput as StructuredOutput
     from mlcgen.runtime.llm import LLM as LLM
     from mlcgen.runtime.llm import AsyncEngine as AsyncEngine
     from mlcgen.runtime.options import EngineOptions as EngineOptions
@@ -15,7 +16,16 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["LLM", "AsyncEngine", "EngineOptions", "MlcgenError", "SamplingParams", "__version__", "compile"]
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "EngineOptions",
+    "MlcgenError",
+    "SamplingParams",
+    "StructuredOutput",
+    "__version__",
+    "compile",
+]
 
 # Loaded on first use (PEP 562): running an artifact must not import the compiler.
 _HOMES = {
@@ -24,6 +34,7 @@ _HOMES = {
     "LLM": "mlcgen.runtime.llm",
     "MlcgenError": "mlcgen.errors",
     "SamplingParams": "mlcgen.runtime.sampler",
+    "StructuredOutput": "mlcgen.runtime.grammar",
     "compile": "mlcgen.compile",
 }
 

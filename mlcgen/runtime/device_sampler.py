@@ -62,9 +62,9 @@ class DeviceSampler:
         """
         assert not self._samplers, "finish the step before"
         assert len(samplers) <= self._max_rows
-        masks = masks or {}
         self._samplers = samplers
         self._host_rows = [row for row, sampler in enumerate(samplers) if _needs_host(sampler.params)]
+        masks = masks or self._masks()
         assert not any(row in masks for row in self._host_rows), "the host applies no masks"
         if not samplers:
             return
@@ -76,6 +76,11 @@ class DeviceSampler:
         words = (3 + 2 * MAX_LOGPROBS if wants_logprobs else 2) * len(samplers)
         self._results.download(words * _WORD)
         self._download_host_rows(logits)
+
+    def _masks(self) -> dict[int, Mask]:
+        """Of the rows' grammars; the host applies its own."""
+        found = {row: sampler.mask() for row, sampler in enumerate(self._samplers) if row not in self._host_rows}
+        return {row: mask for row, mask in found.items() if mask is not None}
 
     def finish(self) -> Sampled:
         """What `start` started, after device.synchronize(). Each sampler has recorded its token."""

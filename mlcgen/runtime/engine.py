@@ -10,6 +10,7 @@ import numpy as np
 
 from mlcgen.errors import MlcgenError, RequestError
 from mlcgen.runtime.executor import Executor, Int32, SamplingExecutor, StepInput
+from mlcgen.runtime.grammar import Grammar, GrammarCompiler
 from mlcgen.runtime.host_pages import HostPages
 from mlcgen.runtime.host_sampling import HostSampling
 from mlcgen.runtime.kv_cache import BlockTable, PagePool
@@ -38,6 +39,7 @@ class Request(Sequence):
         stop_ids: frozenset[int],
         max_tokens: int,
         rank: float,
+        grammar: Grammar | None,
     ) -> None:
         super().__init__(output.prompt_token_ids, rank)
         self.output = output
@@ -50,7 +52,7 @@ class Request(Sequence):
         self.siblings: list[Request] = []  # other samples, which begin when this one's prompt is in the cache
         self.drafter = NgramDrafter()
         self.acceptance = Acceptance()
-        self.sampler = Sampler(params, self.tokens, stop_ids)
+        self.sampler = Sampler(params, self.tokens, stop_ids, grammar)
         self.stops = StopMatcher(params.stop_strings, params.include_stop_str_in_output)
         self.decoder: IncrementalDecoder | None = None  # None: the text is wanted only at the end
         self.streams = False
@@ -111,6 +113,7 @@ class Engine:
         self._stats = EngineStats()
         self._rates = Rates()
         self._step_cost = StepCost()
+        self._grammars: GrammarCompiler | None = None  # made when a request wants structure
         self._changed: list[RequestOutput] = []  # for `step` to return
         self._started: _Started | None = None  # the iteration under way between two calls of `step`
 
@@ -241,19 +244,24 @@ class Engine:
 
     def _draft(self) -> None:
         """Guess what those that decode will say next."""
-        if self.options.speculation == "off":
-            return
         running = self.scheduler.running
         spare = MAX_ROWS - len(running)
         for request in running:
-            request.draft = []
-            if request.num_uncomputed == 1 and spare > 0 and request.tokens:
-                # The last token that is generated needs no keys and values, and is not guessed either.
-                left = request.max_tokens - len(request.completion.token_ids) - 1
-                most = min(self.options.max_draft, spare, left)
-                length = request.acceptance.length(most, self._step_cost.of_another(len(running))) if most > 0 else 0
-                request.draft = request.drafter.propose(request.tokens, length) if length else []
-                spare -= len(request.draft)
+            # The last token that is generated needs no keys and values, and is not guessed either.
+            most = min(spare, request.max_tokens - len(request.completion.token_ids) - 1)
+            request.draft = self._guess(request, most) if request.num_uncomputed == 1 and most > 0 else []
+            spare -= len(request.draft)
+
+    def _guess(self, request: Request, most: int) -> list[int]:
+        """The tokens that the grammar leaves no choice about, or a guess."""
+        grammar = request.sampler.grammar
+        if grammar is not None:
+            return grammar.forced()[:most]
+        if self.options.speculation == "off":
+            return []
+        cost = self._step_cost.of_another(len(self.scheduler.running))
+        length = request.acceptance.length(min(self.options.max_draft, most), cost)
+        return request.drafter.propose(request.tokens, length) if length else []
 
     def _transfer(self, transfers: list[Transfer]) -> None:
         """Copy pages on the device, to the host and back."""
@@ -368,11 +376,14 @@ class Engine:
                 continue
             self._fork_siblings(request)
             draft = started.drafts.get(request, [])
-            accepted = 0
-            while self._append_row(request, sampled, row + accepted, now):
-                if accepted == len(draft) or sampled.tokens[row + accepted] != draft[accepted]:
-                    break
-                accepted += 1
+            accepted, goes_on = 0, True
+            while goes_on:
+                is_right = accepted < len(draft) and sampled.tokens[row + accepted] == draft[accepted]
+                goes_on = self._append_row(request, sampled, row + accepted, now) and is_right
+                accepted += is_right
+            grammar = request.sampler.grammar  # which has accepted all of these tokens
+            if grammar is not None and grammar.is_finished and self._is_alive(request):
+                self._finish(request, "stop")
             if draft:
                 self._count_draft(request, len(draft), accepted)
 
@@ -381,14 +392,17 @@ class Engine:
         for counts in (metrics, self._stats):
             counts.num_drafted += drafted
             counts.num_accepted += accepted
-        request.acceptance.record(drafted, accepted)
+        if request.sampler.grammar is None:
+            request.acceptance.record(drafted, accepted)
         if self._is_alive(request):
             request.num_tokens = len(request.tokens)
             self.scheduler.accept(request, accepted)
 
     def _append_row(self, request: Request, sampled: Sampled, row: int, now: float) -> bool:
         """The token of a row of logits. Whether the request goes on."""
-        if math.isfinite(sampled.maxima[row]):
+        if request.sampler.error is not None:
+            self._finish(request, "error", request.sampler.error)
+        elif math.isfinite(sampled.maxima[row]):
             self._append_token(request, sampled.tokens[row], sampled.logprobs[row], now)
         else:
             self._finish(request, "error", _not_finite_error(request))
@@ -513,13 +527,23 @@ class Engine:
     ) -> Request:
         room = self.context_length - len(output.prompt_token_ids)
         stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        request = Request(output, completion, params, stop_ids, min(room, params.max_tokens or room), rank)
+        max_tokens = min(room, params.max_tokens or room)
+        request = Request(output, completion, params, stop_ids, max_tokens, rank, self._grammar(params))
         if params.logprobs is not None:
             completion.logprobs = []
         if self.tokenizer is not None and (stream or params.stop):
             request.decoder = IncrementalDecoder(self.tokenizer, params.skip_special_tokens)
         request.streams = stream
         return request
+
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        if params.structured is None:
+            return None
+        if self.tokenizer is None:
+            raise RequestError("structured output needs a tokenizer, which the artifact lacks")
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self.tokenizer, self.executor.vocab_size, self.eos_token_ids)
+        return self._grammars.compile(params.structured)
 
     def _check_prompt(self, num_tokens: int) -> None:
         if not num_tokens:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from mlcgen.errors import RequestError
 from mlcgen.runtime.executor import Float32, Int32
+from mlcgen.runtime.grammar import Grammar, Mask, StructuredOutput
 
 __all__ = ["Sampled", "Sampler", "SamplingParams", "draw_index", "largest_reaching", "top_k_ids"]
 
@@ -59,6 +60,8 @@ class SamplingParams:
     """Go on after the end-of-sequence token."""
     logprobs: int | None = None
     """Report this many best log-probabilities per token, of the raw logits, and the chosen token's; -1 for all."""
+    structured: StructuredOutput | None = None
+    """What the text must be: JSON of a schema, a regular expression, a grammar, one of several strings."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
 
@@ -120,6 +123,7 @@ _CHECKS: list[tuple[str, tuple[type, ...], Callable[[Any], bool], str]] = [
     ("include_stop_str_in_output", _BOOL, lambda x: True, "True or False"),
     ("ignore_eos", _BOOL, lambda x: True, "True or False"),
     ("logprobs", (*_INT, _NONE), lambda x: x is None or x >= -1, "an integer >= 0, -1 for all tokens, or None"),
+    ("structured", (StructuredOutput, _NONE), lambda x: True, "a StructuredOutput or None"),
     ("skip_special_tokens", _BOOL, lambda x: True, "True or False"),
 ]
 
@@ -136,20 +140,29 @@ class Sampled:
 class Sampler:
     """One request's choice of tokens: its parameters, its random numbers and the tokens it has seen."""
 
-    def __init__(self, params: SamplingParams, prompt_token_ids: Iterable[int], stop_token_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_token_ids: Iterable[int],
+        stop_token_ids: Iterable[int],
+        grammar: Grammar | None = None,
+    ) -> None:
         self.params = params
+        self.grammar = grammar
+        self.error: RequestError | None = None
+        """Why the grammar cannot go on; the tokens since then mean nothing."""
         self._seen = _SeenTokens(prompt_token_ids) if params.has_penalties else None
         self._bias = _SparseBias(params.logit_bias) if params.logit_bias else None
         self._stop_ids: Int64 = np.array(sorted(stop_token_ids), np.int64)
         self._random = None if params.is_greedy else np.random.default_rng(params.seed)
         self._num_tokens = 0
-        self.is_argmax = params.is_greedy and not (self._seen or self._bias or params.min_tokens)
+        self.is_argmax = params.is_greedy and not (self._seen or self._bias or params.min_tokens or grammar)
         """Whether the most likely token is always the answer, so that `sample` need not be called."""
 
     def sample(self, logits: Float32, best: int) -> int:
         """Next token for `logits` (vocab,), left unchanged, with finite maximum at `best`. At most one random number.
 
-        Order: bias, penalties, temperature, top-k and min-p, top-p.
+        Order: bias, penalties, grammar, temperature, top-k and min-p, top-p.
         """
         if self._changes_logits:
             logits = self._adjusted(logits)
@@ -170,16 +183,18 @@ class Sampler:
 
     @property
     def _changes_logits(self) -> bool:
-        return bool(self._seen or self._bias or self._num_tokens < self.params.min_tokens)
+        return bool(self._seen or self._bias or self.grammar or self._num_tokens < self.params.min_tokens)
 
     def _adjusted(self, logits: Float32) -> Float32:
         logits = logits.copy()
-        if self._num_tokens < self.params.min_tokens:
-            logits[self._stop_ids] = -np.inf
+        mask = self.mask()
+        logits[self.banned] = -np.inf
         if self._bias:
             logits[self._bias.ids] += self._bias.values
         if self._seen:
             self._penalize(logits, self._seen)
+        if mask is not None:
+            logits[~_allowed(mask, len(logits))] = -np.inf
         return logits
 
     def _penalize(self, logits: Float32, seen: "_SeenTokens") -> None:
@@ -211,7 +226,17 @@ class Sampler:
     @property
     def has_history(self) -> bool:
         """Whether the choice of a token depends on those before it, besides through the logits."""
-        return bool(self._seen or self.params.min_tokens)
+        return bool(self._seen or self.params.min_tokens or self.grammar)
+
+    def mask(self) -> Mask | None:
+        """The tokens that the grammar allows next, (ceil(vocab / 32),); None: all."""
+        if self.grammar is None or self.error is not None:
+            return None
+        try:
+            return self.grammar.mask()
+        except RequestError as error:
+            self.error = error
+            return None
 
     @property
     def bias(self) -> tuple[Int64, Float32]:
@@ -227,7 +252,8 @@ class Sampler:
     @property
     def banned(self) -> Int64:
         """Token ids that may not come yet."""
-        return self._stop_ids[: None if self._num_tokens < self.params.min_tokens else 0]
+        is_early = self._num_tokens < self.params.min_tokens
+        return self._stop_ids[: None if is_early and not (self.grammar and self.grammar.is_finished) else 0]
 
     def next_uniform(self) -> float:
         """The random number in [0, 1) for the next token; 0 if greedy."""
@@ -238,6 +264,16 @@ class Sampler:
         self._num_tokens += 1
         if self._seen:
             self._seen.add(token)
+        if self.grammar is not None and self.error is None:
+            try:
+                self.grammar.accept(token)
+            except RequestError as error:
+                self.error = error
+
+
+def _allowed(mask: Mask, count: int) -> npt.NDArray[np.bool_]:
+    """(count,)"""
+    return np.unpackbits(mask.view(np.uint8), bitorder="little", count=count).view(np.bool_)
 
 
 def top_k_ids(logits: Float32, k: int) -> Int64:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,24 +22,6 @@ from mlcgen.runtime.sampler import SamplingParams
 from mlcgen.runtime.tokenizer import Tokenizer
 
 from .tiny_engine import CONTEXT, VOCAB, NumpyExecutor, greedy, make_engine, prompt_of, run, run_alone
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    hf = tokenizers.Tokenizer(tokenizers.models.BPE())
-    hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    hf.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB, initial_alphabet=alphabet, special_tokens=["<eos>"], show_progress=False
-    )
-    hf.train_from_iterator(["the quick brown fox jumps over the lazy dog and the model goes on and on"] * 3, trainer)
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    hf.save(str(path))
-    return Tokenizer(
-        path, {"eos_token": "<eos>", "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
-    )
-
 
 MIXED = [(prompt_of(length), greedy(wanted)) for length, wanted in ((3, 20), (17, 4), (1, 9), (40, 12), (8, 30))]
 

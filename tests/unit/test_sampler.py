@@ -230,7 +230,7 @@ def test_extreme_logits_stay_finite() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2),
+        ("n", 0),
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
