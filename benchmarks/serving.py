@@ -25,7 +25,7 @@ from mlcgen.runtime.outputs import RequestOutput
 from mlcgen.runtime.sampler import SamplingParams
 
 TEXT = Path(__file__).parents[1] / "tests" / "data" / "smollm2_135m_ppl_ids_humaneval.json"
-TURNS = 3
+TURNS = 2
 Row = dict[str, str]
 
 
@@ -73,33 +73,42 @@ def in_turns(cases: dict[str, Callable[[], float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in found.items()}
 
 
+MIXES = {"short questions": ((8, 65), (32, 129)), "documents": ((16, 257), (16, 65))}  # tokens of prompts, generated
+
+
 def mixed_load(server: Server) -> list[Row]:
-    """64 requests of 16 to 256 prompt tokens and 16 to 64 generated ones: all at once, and one after another."""
-    random, text = np.random.default_rng(0), real_tokens()
-    requests = []
-    for _ in range(64):
-        length, start = int(random.integers(16, 257)), int(random.integers(0, len(text) - 300))
-        requests.append((text[start : start + length], greedy(int(random.integers(16, 65)))))
-    num_tokens = sum(params.max_tokens or 0 for _, params in requests)
-    policy: list[float] = []
+    """64 requests of random lengths: all at once, and one after another."""
+    rows = []
+    for name, (prompts, answers) in MIXES.items():
+        random, text = np.random.default_rng(0), real_tokens()
+        requests = []
+        for _ in range(64):
+            length, start = int(random.integers(*prompts)), int(random.integers(0, len(text) - 300))
+            requests.append((text[start : start + length], greedy(int(random.integers(*answers)))))
+        num_tokens = sum(params.max_tokens or 0 for _, params in requests)
+        policy: list[float] = []
 
-    def together() -> float:
-        engine = server.engine(prefix_cache=False)
-        _, seconds = serve(engine, requests)
-        policy.append(engine.stats().policy_seconds / seconds)
-        return num_tokens / seconds
+        def together(requests: Any = requests, num_tokens: int = num_tokens, policy: Any = policy) -> float:
+            engine = server.engine(prefix_cache=False)
+            _, seconds = serve(engine, requests)
+            policy.append(engine.stats().policy_seconds / seconds)
+            return num_tokens / seconds
 
-    def one_by_one() -> float:
-        engine = server.engine(prefix_cache=False)
-        return num_tokens / sum(serve(engine, [request])[1] for request in requests)
+        def one_by_one(requests: Any = requests, num_tokens: int = num_tokens) -> float:
+            engine = server.engine(prefix_cache=False)
+            return num_tokens / sum(serve(engine, [request])[1] for request in requests)
 
-    rates = in_turns({"together": together, "one by one": one_by_one})
-    return [
-        {"": "generated tokens/s, one by one", "value": f"{rates['one by one']:.1f}"},
-        {"": "together", "value": f"{rates['together']:.1f}"},
-        {"": "ratio", "value": f"{rates['together'] / rates['one by one']:.2f}"},
-        {"": "scheduler's share of the time", "value": f"{statistics.median(policy):.2%}"},
-    ]
+        rates = in_turns({"together": together, "one by one": one_by_one})
+        rows.append(
+            {
+                "generated tokens/s": name,
+                "one by one": f"{rates['one by one']:.1f}",
+                "together": f"{rates['together']:.1f}",
+                "ratio": f"{rates['together'] / rates['one by one']:.2f}",
+                "scheduler's share": f"{statistics.median(policy):.2%}",
+            }
+        )
+    return rows
 
 
 def shared_prefix(server: Server) -> list[Row]:
@@ -120,23 +129,12 @@ def shared_prefix(server: Server) -> list[Row]:
     ]
 
 
-EDIT = """Rewrite this code with the variable `total` renamed to `result`:
-
-def summarize(items, scale):
-    total = 0
-    for item in items:
-        if item.price > 0 and item.count > 0:
-            total = total + item.price * item.count * scale
-        elif item.price == 0:
-            total = total + scale
-        else:
-            total = total - item.price * item.count * scale
-    return total
-
-def summarize(items, scale):
-    result = 0
-    for item in items:
-"""
+EDIT = (
+    "Original:\nThe harbour was quiet in the morning. Three boats lay at the pier, their sails folded, and a dog slept "
+    "on the warm stones. An old man mended a net and did not look up when the ferry came. Nobody got off. The captain "
+    "waved, the bell rang twice, and the ferry went on to the next island, where the market was already open.\n\n"
+    "Corrected:\nThe harbour was quiet in the morning. Three boats"
+)
 
 
 def speculation(server: Server) -> list[Row]:
@@ -215,15 +213,15 @@ def swapping(server: Server) -> list[Row]:
 def aborts(server: Server) -> list[Row]:
     """24 aborts a second while 16 requests run, for ten seconds: pages held at the end."""
     text, engine = real_tokens(), server.engine()
-    begun, last, count, number = time.perf_counter(), 0.0, 0, 0
+    begun, count, number = time.perf_counter(), 0, 0
     alive: list[str] = []
     while (now := time.perf_counter() - begun) < 10:
         while len(alive) < 16:
             number += 1
             engine.add_request(str(number), text[number % 500 :][:80], greedy(500), stream=False)
             alive.append(str(number))
-        if now - last > 1 / 24:
-            last, count = now, count + 1
+        while count < 24 * now and alive:
+            count += 1
             engine.abort(alive.pop(count % len(alive)))
         engine.step()
     for name in alive:
