@@ -3,59 +3,27 @@
 import heapq
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from mlcgen.errors import MlcgenError, RequestError
-from mlcgen.runtime.executor import Executor, Int32, SamplingExecutor, StepInput
-from mlcgen.runtime.grammar import Grammar, GrammarCompiler
+from mlcgen.runtime.executor import Executor, SamplingExecutor
 from mlcgen.runtime.host_pages import HostPages
 from mlcgen.runtime.host_sampling import HostSampling
-from mlcgen.runtime.kv_cache import BlockTable, PagePool
+from mlcgen.runtime.kv_cache import PagePool
 from mlcgen.runtime.options import EngineOptions
 from mlcgen.runtime.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
-from mlcgen.runtime.sampler import Sampled, Sampler, SamplingParams
-from mlcgen.runtime.scheduler import Scheduler, Sequence, Transfer
-from mlcgen.runtime.speculation import MAX_ROWS, Acceptance, NgramDrafter, StepCost
+from mlcgen.runtime.request import Intake, Prompt, Request
+from mlcgen.runtime.sampler import Sampled, SamplingParams
+from mlcgen.runtime.scheduler import Scheduler, Transfer
+from mlcgen.runtime.speculation import MAX_ROWS, StepCost
 from mlcgen.runtime.stats import EngineStats, Rates
-from mlcgen.runtime.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
+from mlcgen.runtime.step_input import step_input
+from mlcgen.runtime.tokenizer import Tokenizer
 
 __all__ = ["Engine", "Prompt"]
 
-Prompt = str | list[int]
 PRIORITY_SECONDS = 60.0  # a level of priority is worth so much waiting
-
-
-class Request(Sequence):
-    """One sample of a request: a sequence with its sampler and its text."""
-
-    def __init__(
-        self,
-        output: RequestOutput,
-        completion: CompletionOutput,
-        params: SamplingParams,
-        stop_ids: frozenset[int],
-        max_tokens: int,
-        rank: float,
-        grammar: Grammar | None,
-    ) -> None:
-        super().__init__(output.prompt_token_ids, rank)
-        self.output = output
-        self.completion = completion
-        self.params = params
-        self.stop_ids = stop_ids
-        self.max_tokens = max_tokens
-        self.due = math.inf  # when nobody wants it any more, on the monotonic clock
-        self.is_queued = False  # whether the scheduler has it
-        self.siblings: list[Request] = []  # other samples, which begin when this one's prompt is in the cache
-        self.drafter = NgramDrafter()
-        self.acceptance = Acceptance()
-        self.sampler = Sampler(params, self.tokens, stop_ids, grammar)
-        self.stops = StopMatcher(params.stop_strings, params.include_stop_str_in_output)
-        self.decoder: IncrementalDecoder | None = None  # None: the text is wanted only at the end
-        self.streams = False
 
 
 @dataclass
@@ -108,12 +76,12 @@ class Engine:
             host_pool=PagePool(num_saved),
             prefers_saving=self._prefers_saving,
         )
+        self._intake = Intake(tokenizer, executor.vocab_size, self.eos_token_ids, context_length)
         self._requests: dict[str, list[Request]] = {}  # samples that are unfinished
         self._deadlines: list[tuple[float, str]] = []  # a heap
         self._stats = EngineStats()
         self._rates = Rates()
         self._step_cost = StepCost()
-        self._grammars: GrammarCompiler | None = None  # made when a request wants structure
         self._changed: list[RequestOutput] = []  # for `step` to return
         self._started: _Started | None = None  # the iteration under way between two calls of `step`
 
@@ -144,8 +112,8 @@ class Engine:
         due = math.inf if deadline is None else now + deadline
         rank = min(now, due - PRIORITY_SECONDS) - priority * PRIORITY_SECONDS
         try:
-            output.prompt_token_ids = self._token_ids(prompt)
-            requests = self._new_requests(output, params, stream, rank)
+            output.prompt_token_ids = self._intake.token_ids(prompt)
+            requests = self._intake.new_requests(output, params, stream, rank)
             self.scheduler.add(requests[0])
         except MlcgenError as error:
             for completion in completions:
@@ -228,18 +196,18 @@ class Engine:
         """Have the executor start the batch."""
         ready = [request for request in batch if request.reaches_end]  # in the order of the logit rows
         before_rows = dict(zip(before.ready, before.rows, strict=True)) if before is not None else {}
-        step_input, sampled_rows, rows = self._step_input(batch, before_rows)
+        batch_input, sampled_rows, rows = step_input(batch, before_rows, self.executor.page_size)
         drafts = {request: request.draft for request in ready if request.draft}
         samplers = [request.sampler for request in ready]
         started = _Started(batch, ready, self._sampling, rows, drafts, time.perf_counter(), before is None)
         if not drafts:
-            self._sampling.start(step_input, samplers, sampled_rows)
+            self._sampling.start(batch_input, samplers, sampled_rows)
         elif all(sampler.is_argmax and sampler.params.logprobs is None for sampler in samplers):
             each_row = [request.sampler for request in ready for _ in range(1 + len(request.draft))]
-            self._sampling.start(step_input, each_row)
+            self._sampling.start(batch_input, each_row)
         else:  # which row is the last one that counts is known only when those before it were sampled
             started.sampling = self._host_sampling
-            self._host_sampling.start_drafts(step_input, samplers, [request.draft for request in ready])
+            self._host_sampling.start_drafts(batch_input, samplers, [request.draft for request in ready])
         return started
 
     def _draft(self) -> None:
@@ -327,46 +295,6 @@ class Engine:
 
     def _is_alive(self, request: Request) -> bool:
         return request.completion.finish_reason is None
-
-    def _step_input(
-        self, batch: list[Request], rows: Mapping[Request, int]
-    ) -> tuple[StepInput, Int32 | None, list[int]]:
-        """The batch; where its tokens are still being sampled: in which row of the iteration under way; and the first
-        row of logits of each request that has some.
-        """
-        # Lists: a dozen operations on arrays of a few tokens take several times as long.
-        input_ids: list[int] = []
-        sampled_rows: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        logit_rows: list[int] = []
-        first_rows: list[int] = []
-        query_start = [0]
-        for request in batch:
-            span = range(request.num_computed, request.num_computed + request.num_scheduled)
-            known = request.tokens[span.start : span.stop] + request.draft
-            input_ids += known
-            if rows:
-                sampled_rows += [-1] * len(known)
-                if len(known) < len(span):  # one is not known yet
-                    input_ids.append(0)
-                    sampled_rows.append(rows[request])
-            positions += span
-            slots += request.table.slots(span, self.executor.page_size)
-            query_start.append(len(positions))
-            if request.reaches_end:
-                first_rows.append(len(logit_rows))
-                logit_rows += range(len(positions) - 1 - len(request.draft), len(positions))
-        batch_input = StepInput(
-            input_ids=np.array(input_ids, np.int32),
-            positions=np.array(positions, np.int32),
-            slot_mapping=np.array(slots, np.int32),
-            block_table=BlockTable.stack([request.table for request in batch]),
-            seq_lens=np.array([request.num_computed + request.num_scheduled for request in batch], np.int32),
-            query_start=np.array(query_start, np.int32),
-            logit_rows=np.array(logit_rows, np.int32),
-        )
-        return batch_input, np.array(sampled_rows, np.int32) if rows else None, first_rows
 
     def _append(self, started: _Started, sampled: Sampled) -> None:
         """A token for each request that is still there, and those of its draft that were right."""
@@ -501,67 +429,6 @@ class Engine:
             shown = completion.token_ids[:-1] if stopped_by_token else completion.token_ids
             completion.text = self.tokenizer.decode(shown, request.params.skip_special_tokens)
 
-    def _token_ids(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
-            return _checked_token_ids(prompt, self.executor.vocab_size)
-        if self.tokenizer is None:
-            raise RequestError("the artifact has no tokenizer; give the prompt as token ids")
-        return self.tokenizer.encode(prompt)
-
-    def _new_requests(self, output: RequestOutput, params: SamplingParams, stream: bool, rank: float) -> list[Request]:
-        """One for each sample; the first one has the others as siblings."""
-        self._check_prompt(len(output.prompt_token_ids))
-        self._check_params(params)
-        if params.n > 1 and stream:
-            raise RequestError(f"n={params.n} samples cannot be streamed; use generate, or several requests")
-        samples = []
-        for completion in output.outputs:
-            seed = None if params.seed is None else params.seed + completion.index
-            its_params = params if not completion.index else replace(params, seed=seed)
-            samples.append(self._new_request(output, completion, its_params, stream, rank))
-        samples[0].siblings = samples[1:]
-        return samples
-
-    def _new_request(
-        self, output: RequestOutput, completion: CompletionOutput, params: SamplingParams, stream: bool, rank: float
-    ) -> Request:
-        room = self.context_length - len(output.prompt_token_ids)
-        stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        max_tokens = min(room, params.max_tokens or room)
-        request = Request(output, completion, params, stop_ids, max_tokens, rank, self._grammar(params))
-        if params.logprobs is not None:
-            completion.logprobs = []
-        if self.tokenizer is not None and (stream or params.stop):
-            request.decoder = IncrementalDecoder(self.tokenizer, params.skip_special_tokens)
-        request.streams = stream
-        return request
-
-    def _grammar(self, params: SamplingParams) -> Grammar | None:
-        if params.structured is None:
-            return None
-        if self.tokenizer is None:
-            raise RequestError("structured output needs a tokenizer, which the artifact lacks")
-        if self._grammars is None:
-            self._grammars = GrammarCompiler(self.tokenizer, self.executor.vocab_size, self.eos_token_ids)
-        return self._grammars.compile(params.structured)
-
-    def _check_prompt(self, num_tokens: int) -> None:
-        if not num_tokens:
-            raise RequestError("the prompt is empty; give it at least one token")
-        if num_tokens >= self.context_length:
-            raise RequestError(
-                f"the prompt has {num_tokens} tokens, which leaves no room for one more in the context of "
-                f"{self.context_length}; shorten it or compile with a larger --context-length"
-            )
-
-    def _check_params(self, params: SamplingParams) -> None:
-        if params.stop and self.tokenizer is None:
-            raise RequestError(f"stop={params.stop!r} needs a tokenizer, which the artifact lacks; use stop_token_ids")
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            outside = [token for token in ids or () if token >= self.executor.vocab_size]
-            if outside:
-                raise RequestError(f"{name} names token {outside[0]}; token ids go to {self.executor.vocab_size - 1}")
-
     def _outgrown_error(self, request: Request) -> RequestError:
         return RequestError(
             f"the sequence has grown to {request.num_tokens} tokens but the KV cache holds {self.scheduler.capacity}; "
@@ -586,18 +453,3 @@ def _not_finite_error(request: Request) -> RequestError:
         f"the model gave NaN or infinite logits after {request.num_tokens} tokens; "
         "check the artifact with `mlcgen verify`"
     )
-
-
-def _checked_token_ids(prompt: list[int], vocab_size: int) -> list[int]:
-    """Token ids as ints; an id outside of the vocabulary would read past the embedding table."""
-    try:
-        ids = np.asarray(prompt)
-    except ValueError as error:
-        raise RequestError(f"the prompt is neither a text nor a flat list of token ids: {error}") from error
-    if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
-        raise RequestError(f"the prompt is neither a text nor a flat list of token ids: {prompt!r:.80}")
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.size:
-        raise RequestError(f"the prompt has token id {outside[0]}; token ids go from 0 to {vocab_size - 1}")
-    checked: list[int] = ids.tolist()
-    return checked

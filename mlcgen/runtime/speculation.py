@@ -82,9 +82,13 @@ class StepCost:
 
     def __init__(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
+        self._sizes: set[int] = set()
 
     def record(self, num_tokens: int, seconds: float) -> None:
-        """One step."""
+        """One step. The first of a size is left out: devices prepare something for it."""
+        if num_tokens not in self._sizes:
+            self._sizes.add(num_tokens)
+            return
         self._weight = self._weight * self.DECAY + 1
         self._x = self._x * self.DECAY + num_tokens
         self._y = self._y * self.DECAY + seconds

@@ -38,17 +38,28 @@ class EngineStats:
 
 
 class Rates:
-    """Seconds per page moved to or from the host, and per token of prompts: moving averages of what was measured."""
+    """Seconds per page moved to or from the host, and per token of prompts, as measured; older steps count less."""
 
-    WEIGHT = 0.2  # of a new measurement
+    DECAY = 0.9  # with each measurement
 
     def __init__(self) -> None:
-        self.page_seconds = 1e-4  # guesses, until there is a measurement
-        self.token_seconds = 1e-3
+        # [units, seconds]: guesses that the first measurements outweigh
+        self._pages, self._tokens = [1.0, 1e-4], [1.0, 1e-3]
+
+    @property
+    def page_seconds(self) -> float:
+        return self._pages[1] / self._pages[0]
+
+    @property
+    def token_seconds(self) -> float:
+        return self._tokens[1] / self._tokens[0]
 
     def moved(self, num_pages: int, seconds: float) -> None:
-        self.page_seconds += self.WEIGHT * (seconds / num_pages - self.page_seconds)
+        self._add(self._pages, num_pages, seconds)
 
     def computed(self, num_tokens: int, seconds: float) -> None:
-        """A step with chunks of prompts."""
-        self.token_seconds += self.WEIGHT * (seconds / num_tokens - self.token_seconds)
+        """A step with chunks of prompts. Large ones, which tell most, weigh most."""
+        self._add(self._tokens, num_tokens, seconds)
+
+    def _add(self, sums: list[float], units: int, seconds: float) -> None:
+        sums[0], sums[1] = sums[0] * self.DECAY + units, sums[1] * self.DECAY + seconds

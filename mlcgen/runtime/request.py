@@ -1,0 +1,135 @@
+"""Requests as the engine knows them, and what is wrong with those that cannot be served."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from mlcgen.errors import RequestError
+from mlcgen.runtime.grammar import Grammar, GrammarCompiler
+from mlcgen.runtime.outputs import CompletionOutput, RequestOutput
+from mlcgen.runtime.sampler import Sampler, SamplingParams
+from mlcgen.runtime.scheduler import Sequence
+from mlcgen.runtime.speculation import Acceptance, NgramDrafter
+from mlcgen.runtime.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
+
+__all__ = ["Intake", "Prompt", "Request"]
+
+Prompt = str | list[int]
+
+
+class Request(Sequence):
+    """One sample of a request: a sequence with its sampler and its text."""
+
+    def __init__(
+        self,
+        output: RequestOutput,
+        completion: CompletionOutput,
+        params: SamplingParams,
+        stop_ids: frozenset[int],
+        max_tokens: int,
+        rank: float,
+        grammar: Grammar | None,
+    ) -> None:
+        super().__init__(output.prompt_token_ids, rank)
+        self.output = output
+        self.completion = completion
+        self.params = params
+        self.stop_ids = stop_ids
+        self.max_tokens = max_tokens
+        self.due = math.inf  # when nobody wants it any more, on the monotonic clock
+        self.is_queued = False  # whether the scheduler has it
+        self.siblings: list[Request] = []  # other samples, which begin when this one's prompt is in the cache
+        self.drafter = NgramDrafter()
+        self.acceptance = Acceptance()
+        self.sampler = Sampler(params, self.tokens, stop_ids, grammar)
+        self.stops = StopMatcher(params.stop_strings, params.include_stop_str_in_output)
+        self.decoder: IncrementalDecoder | None = None  # None: the text is wanted only at the end
+        self.streams = False
+
+
+class Intake:
+    """Makes requests for one model. Every method raises RequestError for what cannot be served."""
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: frozenset[int], context_length: int
+    ) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._eos_token_ids, self._context_length = eos_token_ids, context_length
+        self._grammars: GrammarCompiler | None = None  # made when a request wants structure
+
+    def token_ids(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return _checked_token_ids(prompt, self._vocab_size)
+        if self._tokenizer is None:
+            raise RequestError("the artifact has no tokenizer; give the prompt as token ids")
+        return self._tokenizer.encode(prompt)
+
+    def new_requests(self, output: RequestOutput, params: SamplingParams, stream: bool, rank: float) -> list[Request]:
+        """One for each sample; the first one has the others as siblings."""
+        self._check_prompt(len(output.prompt_token_ids))
+        self._check_params(params)
+        if params.n > 1 and stream:
+            raise RequestError(f"n={params.n} samples cannot be streamed; use generate, or several requests")
+        samples = []
+        for completion in output.outputs:
+            seed = None if params.seed is None else params.seed + completion.index
+            its_params = params if not completion.index else replace(params, seed=seed)
+            samples.append(self._new_request(output, completion, its_params, stream, rank))
+        samples[0].siblings = samples[1:]
+        return samples
+
+    def _new_request(
+        self, output: RequestOutput, completion: CompletionOutput, params: SamplingParams, stream: bool, rank: float
+    ) -> Request:
+        room = self._context_length - len(output.prompt_token_ids)
+        stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self._eos_token_ids)
+        max_tokens = min(room, params.max_tokens or room)
+        request = Request(output, completion, params, stop_ids, max_tokens, rank, self._grammar(params))
+        if params.logprobs is not None:
+            completion.logprobs = []
+        if self._tokenizer is not None and (stream or params.stop):
+            request.decoder = IncrementalDecoder(self._tokenizer, params.skip_special_tokens)
+        request.streams = stream
+        return request
+
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        if params.structured is None:
+            return None
+        if self._tokenizer is None:
+            raise RequestError("structured output needs a tokenizer, which the artifact lacks")
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self._tokenizer, self._vocab_size, self._eos_token_ids)
+        return self._grammars.compile(params.structured)
+
+    def _check_prompt(self, num_tokens: int) -> None:
+        if not num_tokens:
+            raise RequestError("the prompt is empty; give it at least one token")
+        if num_tokens >= self._context_length:
+            raise RequestError(
+                f"the prompt has {num_tokens} tokens, which leaves no room for one more in the context of "
+                f"{self._context_length}; shorten it or compile with a larger --context-length"
+            )
+
+    def _check_params(self, params: SamplingParams) -> None:
+        if params.stop and self._tokenizer is None:
+            raise RequestError(f"stop={params.stop!r} needs a tokenizer, which the artifact lacks; use stop_token_ids")
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            outside = [token for token in ids or () if token >= self._vocab_size]
+            if outside:
+                raise RequestError(f"{name} names token {outside[0]}; token ids go to {self._vocab_size - 1}")
+
+
+def _checked_token_ids(prompt: list[int], vocab_size: int) -> list[int]:
+    """Token ids as ints; an id outside of the vocabulary would read past the embedding table."""
+    try:
+        ids = np.asarray(prompt)
+    except ValueError as error:
+        raise RequestError(f"the prompt is neither a text nor a flat list of token ids: {error}") from error
+    if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
+        raise RequestError(f"the prompt is neither a text nor a flat list of token ids: {prompt!r:.80}")
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise RequestError(f"the prompt has token id {outside[0]}; token ids go from 0 to {vocab_size - 1}")
+    checked: list[int] = ids.tolist()
+    return checked
