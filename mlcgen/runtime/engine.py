@@ -35,8 +35,8 @@ class _Started:
     sampling: SamplingExecutor | HostSampling  # who samples
     rows: list[int]  # the first row of logits of each that is ready; its drafts have the next ones
     drafts: dict[Request, list[int]] = field(default_factory=dict)
+    num_tokens: int = 0
     begun: float = 0.0
-    is_alone: bool = True  # no other iteration was under way when it began
     is_advanced: bool = False  # whether they count as computed and sampled
 
 
@@ -82,6 +82,7 @@ class Engine:
         self._stats = EngineStats()
         self._rates = Rates()
         self._step_cost = StepCost()
+        self._last_finish = 0.0  # of an iteration
         self._changed: list[RequestOutput] = []  # for `step` to return
         self._started: _Started | None = None  # the iteration under way between two calls of `step`
 
@@ -199,7 +200,7 @@ class Engine:
         batch_input, sampled_rows, rows = step_input(batch, before_rows, self.executor.page_size)
         drafts = {request: request.draft for request in ready if request.draft}
         samplers = [request.sampler for request in ready]
-        started = _Started(batch, ready, self._sampling, rows, drafts, time.perf_counter(), before is None)
+        started = _Started(batch, ready, self._sampling, rows, drafts, len(batch_input.input_ids), time.perf_counter())
         if not drafts:
             self._sampling.start(batch_input, samplers, sampled_rows)
         elif all(sampler.is_argmax and sampler.params.logprobs is None for sampler in samplers):
@@ -270,19 +271,19 @@ class Engine:
 
     def _complete(self, started: "_Started") -> None:
         sampled = started.sampling.finish()
-        if started.is_alone:
-            self._measure(started, time.perf_counter() - started.begun)
+        now = time.perf_counter()
+        self._measure(started, now - max(started.begun, self._last_finish))  # the device did the one before first
+        self._last_finish = now
         if not started.is_advanced:
             self._advance(started)
         self._stats.num_steps += 1
         self._append(started, sampled)
 
     def _measure(self, started: "_Started", seconds: float) -> None:
-        num_tokens = sum(request.num_scheduled for request in started.batch)
-        if num_tokens == len(started.batch) + sum(map(len, started.drafts.values())):
-            self._step_cost.record(num_tokens, seconds)
+        if started.num_tokens == len(started.batch) + sum(map(len, started.drafts.values())):
+            self._step_cost.record(started.num_tokens, seconds)
         else:
-            self._rates.computed(num_tokens, seconds)
+            self._rates.computed(started.num_tokens, seconds)
 
     def _recover(self, started: "_Started | None") -> None:
         """After a failure: nothing is under way, and what counted as computed before it was is computed anew."""
