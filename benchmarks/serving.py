@@ -1,7 +1,7 @@
 """What the engine's features are worth on real weights, each beside the same without it, in turns.
 
 python benchmarks/serving.py [ARTIFACT] [--target T] [--case NAME ...]; without an artifact SmolLM2-135M is compiled for
-this CPU. Medians of turns; a table per case. Prompts are texts of tests/data, so nothing is downloaded.
+this CPU. Medians of turns; a table per case. Prompts are token ids of tests/data, so nothing is downloaded.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from mlcgen.runtime.outputs import RequestOutput
 from mlcgen.runtime.sampler import SamplingParams
 
 TEXT = Path(__file__).parents[1] / "tests" / "data" / "smollm2_135m_ppl_ids_humaneval.json"
-TURNS = 2
+TURNS = 3
 Row = dict[str, str]
 
 
@@ -139,10 +139,9 @@ EDIT = (
 
 def speculation(server: Server) -> list[Row]:
     """Tokens/s of one request, an edit of its own prompt and an ordinary text, with and without guesses by n-grams."""
-    tokenizer = server.loaded.tokenizer
-    assert tokenizer is not None
-    rows = []
-    prompts = {"edit": tokenizer.encode(EDIT), "text": real_tokens()[:64]}
+    rows, prompts, tokenizer = [], {"text": real_tokens()[:64]}, server.loaded.tokenizer
+    if tokenizer is not None:
+        prompts["edit"] = tokenizer.encode(EDIT)
     for name, prompt in prompts.items():
         stats: dict[str, Any] = {}
         texts: dict[str, list[int]] = {}
@@ -246,6 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", nargs="?", type=Path)
     parser.add_argument("--target", default="auto")
+    parser.add_argument("--num-pages", type=int, help="default: what memory allows")
     parser.add_argument("--quantization", default="q8", help="of SmolLM2, where no artifact is given")
     parser.add_argument("--page-size", type=int, default=16, help="likewise")
     parser.add_argument("--case", action="append", choices=CASES)
@@ -255,7 +255,7 @@ def main() -> None:
         if path is None:
             path, options = Path(folder) / "smollm2", {"page_size": arguments.page_size, "max_batch": 64}
             mlcgen.compile("smollm2-135m", ["cpu"], arguments.quantization, path, **options)
-        server = Server(path, arguments.target)
+        server = Server(path, arguments.target, num_pages=arguments.num_pages)
         for name in arguments.case or CASES:
             rows = CASES[name](server)
             table = Table(*rows[0], title=name)

@@ -120,7 +120,9 @@ class Engine:
             for completion in completions:
                 self._end(output, completion, "error", error)
             return output
-        requests[0].is_queued, requests[0].due = True, due
+        requests[0].is_queued = True
+        for request in requests:
+            request.due = due
         self._requests[request_id] = requests
         if deadline is not None:
             heapq.heappush(self._deadlines, (due, request_id))

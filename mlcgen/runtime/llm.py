@@ -188,20 +188,34 @@ class AsyncEngine:
         self.context_length = engine.context_length
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Complete one prompt, yielding what each step adds; the last delta has `finish_reason` and `output`.
+
+        priority, deadline: as in Engine.add_request.
 
         Cancelling or leaving the iteration aborts the request. Raises the request's RequestError, after what was
         generated before it, and MlcgenError if the device fails or the engine is closed.
         """
-        return self._deltas(prompt, params, request_id, streams=True)
+        return self._deltas(prompt, params, request_id, stream=True, priority=priority, deadline=deadline)
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
     ) -> RequestOutput:
         """The whole completion of one prompt. Raises the request's RequestError."""
-        async for delta in self._deltas(prompt, params, request_id, streams=False):
+        async for delta in self._deltas(prompt, params, request_id, stream=False, priority=priority, deadline=deadline):
             last = delta
         assert last.output is not None
         return last.output
@@ -233,11 +247,11 @@ class AsyncEngine:
         await asyncio.to_thread(self.close)
 
     async def _deltas(
-        self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, streams: bool
+        self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, **how: Any
     ) -> AsyncGenerator[Delta, None]:
         request_id = request_id if request_id is not None else f"async-{next(self._ids)}"
         stream = _Stream(request_id, asyncio.get_running_loop())
-        self._submit(partial(self._add, stream, prompt, params, streams))
+        self._submit(partial(self._add, stream, prompt, params, how))
         try:
             while not stream.is_done:
                 delta = await stream.receive()
@@ -285,12 +299,12 @@ class AsyncEngine:
         return True
 
     def _add(
-        self, stream: "_Stream", prompt: Prompt, params: SamplingParams | None, streams: bool, engine: Engine
+        self, stream: "_Stream", prompt: Prompt, params: SamplingParams | None, how: dict[str, Any], engine: Engine
     ) -> None:
         try:
             if stream.request_id in self._streams:
                 raise RequestError(f"request id {stream.request_id!r} is in use; choose another or abort that request")
-            stream.cursor = DeltaCursor(engine.add_request(stream.request_id, prompt, params, stream=streams))
+            stream.cursor = DeltaCursor(engine.add_request(stream.request_id, prompt, params, **how))
             self._streams[stream.request_id] = stream
         except Exception as error:
             self._send(engine, stream.loop, [(stream, error)])

@@ -399,6 +399,17 @@ def test_async_generate(loaded: list[Engine]) -> None:
     asyncio.run(main())
 
 
+def test_async_deadline(loaded: list[Engine]) -> None:
+    async def main() -> None:
+        async with AsyncEngine("artifact") as engine:
+            late = await engine.generate(prompt_of(5), greedy(190), deadline=0.0, priority=1)
+            assert late.finish_reason == "timeout"
+            streamed = [delta async for delta in engine.stream(prompt_of(5), greedy(190), deadline=0.0)]
+            assert streamed[-1].finish_reason == "timeout"
+
+    asyncio.run(main())
+
+
 def test_cancelling_a_stream_frees_its_pages(loaded: list[Engine]) -> None:
     async def main(engine: AsyncEngine) -> None:
         started = asyncio.Event()
