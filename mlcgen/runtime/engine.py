@@ -24,6 +24,7 @@ from mlcgen.runtime.tokenizer import Tokenizer
 __all__ = ["Engine", "Prompt"]
 
 PRIORITY_SECONDS = 60.0  # a level of priority is worth so much waiting
+SAVED_PER_PAGE = 8  # pages on the host for each on the device, at most
 
 
 @dataclass
@@ -65,7 +66,8 @@ class Engine:
         self.context_length = context_length
         self.pool = PagePool(executor.num_pages)
         layers, layer_bytes = executor.page_shape
-        num_saved = options.swap_bytes // max(layers * layer_bytes, 1)
+        # More would only be lists of numbers: what is preempted has been in the pages.
+        num_saved = min(options.swap_bytes // (layers * layer_bytes), SAVED_PER_PAGE * executor.num_pages)
         self._host_pages = HostPages(num_saved, layers, layer_bytes, options.swap_file)
         self.scheduler: Scheduler[Request] = Scheduler(
             self.pool,

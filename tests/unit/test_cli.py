@@ -17,17 +17,23 @@ import mlcgen
 from mlcgen import cli_output
 from mlcgen.cli import main
 from mlcgen.errors import CompileError
-from mlcgen.runtime.executor import Float32, StepInput
+from mlcgen.runtime.executor import Float32, StepInput, Uint8
 
 WORDS = [*"abcdefghij", "end"]
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 
 
 class Alphabet:
-    num_pages, page_size, vocab_size, max_tokens_per_step = 16, 4, len(WORDS), 64
+    """Says the word after the last one, without a look at its pages."""
+
+    num_pages, page_size, vocab_size, max_tokens_per_step, page_shape = 16, 4, len(WORDS), 64, (1, 64)
 
     def step(self, batch: StepInput) -> Float32:
         return np.eye(self.vocab_size, dtype=np.float32)[(batch.input_ids[batch.logit_rows] + 1) % self.vocab_size] * 9
+
+    def copy_page(self, source: int, to: int) -> None: ...
+    def read_page(self, page: int, to: Uint8) -> None: ...
+    def write_page(self, page: int, contents: Uint8) -> None: ...
 
 
 @pytest.fixture
