@@ -38,8 +38,9 @@ def assert_golden(outputs: list[Any], results: list[dict[str, Any]]) -> None:
         assert list(output.token_ids) == expected["output_ids"]
 
 
-def test_smollm2_alone_and_as_one_batch(compile_smollm2: Compile) -> None:
-    llm = LLM(compile_smollm2("f32", page_size=16), num_pages=32)
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_smollm2_alone_and_as_one_batch(compile_smollm2: Compile, page_size: int) -> None:
+    llm = LLM(compile_smollm2("f32", page_size=page_size), num_pages=-(-512 // page_size))
     prompts = [r["prompt"] for r in SMOLLM2]
     alone = [llm.generate([p], [params])[0] for p, params in zip(prompts, greedy(SMOLLM2), strict=True)]
     assert_golden(alone, SMOLLM2)
@@ -48,12 +49,11 @@ def test_smollm2_alone_and_as_one_batch(compile_smollm2: Compile) -> None:
 
 @pytest.mark.skipif(webgpu.missing() is not None, reason=str(webgpu.missing()))
 def test_smollm2_as_wgsl(compile_smollm2: Compile) -> None:
-    """On whatever WebGPU finds, perhaps a GPU in software, for which 24 tokens are enough to do."""
+    """On whatever WebGPU finds, perhaps a GPU in software, for which one prompt is enough to do."""
     path = compile_smollm2("gguf", page_size=64)
     add_targets(path, ["vulkan"])
     llm = LLM(path, target="vulkan", num_pages=8)
-    expected = [{**SMOLLM2[0], "output_ids": SMOLLM2[0]["output_ids"][:24]}]
-    assert_golden(llm.generate([SMOLLM2[0]["prompt"]], greedy(expected)), expected)
+    assert_golden(llm.generate([SMOLLM2[0]["prompt"]], greedy(SMOLLM2[:1])), SMOLLM2[:1])
 
 
 # Every two values of two of these come together in some case.
@@ -102,7 +102,7 @@ WINDOW_NLL = [861.5063, 957.4913, 647.7765, 798.0005, 800.1069, 717.6812, 598.93
 
 @pytest.mark.parametrize(
     ("quantization", "page_size", "windows", "tolerance"),
-    [("f32", 16, 2, 1e-5), ("gguf", 64, 3, 2e-4), ("q8", 64, 2, 4e-3)],
+    [("f32", 16, 2, 1e-5), ("gguf", 64, 3, 2e-4), ("q8", 64, 3, 4e-3)],
 )
 def test_perplexity(
     compile_smollm2: Compile, quantization: str, page_size: int, windows: int, tolerance: float

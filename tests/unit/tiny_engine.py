@@ -93,8 +93,11 @@ class NumpyExecutor:
         last = batch.query_start[1:] - 1
         assert (batch.positions[last] + 1 == batch.seq_lens).all()
         assert (np.diff(batch.logit_rows) > 0).all()
-        assert set(batch.logit_rows.tolist()) <= set(range(num_tokens))
+        wanted = set(batch.logit_rows.tolist())
+        assert wanted <= set(range(num_tokens))
         for s in range(num_seqs):
+            rows = [row for row in range(batch.query_start[s], batch.query_start[s + 1]) if row in wanted]
+            assert rows == list(range(last[s] + 1 - len(rows), last[s] + 1)), "the last ones: a draft's, and the next"
             assert (np.diff(batch.positions[batch.query_start[s] : batch.query_start[s + 1]]) == 1).all()
 
 
