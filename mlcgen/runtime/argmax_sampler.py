@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlcgen.runtime.device import Address, Device
+from mlcgen.runtime.draft import Draft
 from mlcgen.runtime.host_sampling import sample_rows
 from mlcgen.runtime.pinned import Mirrored, PinnedRows
 from mlcgen.runtime.sampler import Sampled, Sampler
@@ -52,7 +53,7 @@ class ArgmaxSampler:
         samplers, self._samplers = self._samplers, ()
         rows = len(samplers)
         if not self.looks_ahead(samplers):
-            return sample_rows(self._logits.rows(rows), samplers, [[]] * rows)
+            return sample_rows(self._logits.rows(rows), samplers, [Draft()] * rows)
         ids, values = self._results.host.view(np.int32), self._results.host.view(np.float32)
         return Sampled(ids[:rows].tolist(), values[rows : 2 * rows].tolist(), [None] * rows)
 

@@ -3,20 +3,24 @@
 import heapq
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 
-from mlcgen.errors import MlcgenError, RequestError
-from mlcgen.runtime.executor import Executor, SamplingExecutor
+from mlcgen.errors import DeviceError, MlcgenError, RequestError
+from mlcgen.runtime.draft import ROOT, Draft
+from mlcgen.runtime.executor import Executor, SamplingExecutor, StepInput
 from mlcgen.runtime.host_pages import HostPages
 from mlcgen.runtime.host_sampling import HostSampling
 from mlcgen.runtime.kv_cache import PagePool
+from mlcgen.runtime.lookahead import LookaheadDrafter
+from mlcgen.runtime.ngram import NgramDrafter
 from mlcgen.runtime.options import EngineOptions
 from mlcgen.runtime.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
 from mlcgen.runtime.request import Intake, Prompt, Request
 from mlcgen.runtime.sampler import Sampled, SamplingParams
 from mlcgen.runtime.scheduler import Scheduler, Transfer
-from mlcgen.runtime.speculation import MAX_ROWS, StepCost
+from mlcgen.runtime.speculation import Drafter, Speculation
 from mlcgen.runtime.stats import EngineStats, Rates
 from mlcgen.runtime.step_input import step_input
 from mlcgen.runtime.tokenizer import Tokenizer
@@ -33,19 +37,36 @@ class _Started:
 
     batch: list[Request]
     ready: list[Request]  # those whose next token it samples
+    input: StepInput
     sampling: SamplingExecutor | HostSampling  # who samples
     rows: list[int]  # the first row of logits of each that is ready; its drafts have the next ones
-    drafts: dict[Request, list[int]] = field(default_factory=dict)
-    num_tokens: int = 0
-    begun: float = 0.0
+    drafts: dict[Request, Draft]
+    begun: float
+    is_finished: bool = False  # whether the executor has nothing more to do for it
     is_advanced: bool = False  # whether they count as computed and sampled
+
+
+class _StepError(Exception):
+    """The executor failed; its cause says how."""
+
+    def __init__(self, batch: list[Request]) -> None:
+        self.batch = batch
+
+
+@contextmanager
+def _concerning(batch: list[Request]) -> Iterator[None]:
+    """An exception in here is one of the executor, with these requests."""
+    try:
+        yield
+    except Exception as error:
+        raise _StepError(batch) from error
 
 
 class Engine:
     """Continuous batching over an executor.
 
     What is wrong with one request ends that request alone: its output has `finish_reason` "error" and `error`, and the
-    others go on. An exception of the executor itself passes through `step`; a later `step` tries the same work again.
+    others go on. So do an exception of the executor and the requests of that step.
     """
 
     def __init__(
@@ -56,7 +77,9 @@ class Engine:
         context_length: int,
         max_batch: int,
         options: EngineOptions | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
+        """drafter: who guesses tokens; None: nobody, or who `options` names."""
         self.executor = executor
         self.options = options = options or EngineOptions()
         self._host_sampling = HostSampling(executor)
@@ -75,6 +98,7 @@ class Engine:
             max_batch,
             min(options.tokens_per_step or executor.max_tokens_per_step, executor.max_tokens_per_step),
             prefix_cache=options.prefix_cache,
+            chunked_prefill=options.chunked_prefill,
             host_pool=PagePool(num_saved),
             prefers_saving=self._prefers_saving,
         )
@@ -83,7 +107,10 @@ class Engine:
         self._deadlines: list[tuple[float, str]] = []  # a heap
         self._stats = EngineStats()
         self._rates = Rates()
-        self._step_cost = StepCost()
+        drafter = drafter or _drafter(options)
+        self._speculation = Speculation(drafter, options.max_draft, options.branches)
+        if options.branches > 1 and drafter is not None and not executor.supports_trees:
+            raise RequestError(f"branches={options.branches}: this artifact knows no trees; compile the model again")
         self._last_finish = 0.0  # of an iteration
         self._changed: list[RequestOutput] = []  # for `step` to return
         self._started: _Started | None = None  # the iteration under way between two calls of `step`
@@ -174,6 +201,9 @@ class Engine:
             if self._started is not None and not any(map(self._is_alive, self._started.batch)):
                 self._started.sampling.finish()  # nobody waits for it
                 self._started = None
+        except _StepError as failure:
+            self._recover(started)
+            self._fail(failure)
         except BaseException:
             self._recover(started)
             raise
@@ -185,7 +215,7 @@ class Engine:
         if before is not None:
             self._advance(before)
         else:
-            self._draft()
+            self._speculation.draft(self.scheduler.running)
         begun = time.perf_counter()
         step = self.scheduler.schedule()
         self._stats.policy_seconds += time.perf_counter() - begun
@@ -194,8 +224,9 @@ class Engine:
         if not step.batch:
             return None
         _mark_scheduled(step.batch)
-        self._transfer(step.transfers)
-        return self._begin(step.batch, before)
+        with _concerning(step.batch):
+            self._transfer(step.transfers)
+            return self._begin(step.batch, before)
 
     def _begin(self, batch: list[Request], before: "_Started | None") -> "_Started":
         """Have the executor start the batch."""
@@ -204,7 +235,7 @@ class Engine:
         batch_input, sampled_rows, rows = step_input(batch, before_rows, self.executor.page_size)
         drafts = {request: request.draft for request in ready if request.draft}
         samplers = [request.sampler for request in ready]
-        started = _Started(batch, ready, self._sampling, rows, drafts, len(batch_input.input_ids), time.perf_counter())
+        started = _Started(batch, ready, batch_input, self._sampling, rows, drafts, time.perf_counter())
         if not drafts:
             self._sampling.start(batch_input, samplers, sampled_rows)
         elif all(sampler.is_argmax and sampler.params.logprobs is None for sampler in samplers):
@@ -214,27 +245,6 @@ class Engine:
             started.sampling = self._host_sampling
             self._host_sampling.start_drafts(batch_input, samplers, [request.draft for request in ready])
         return started
-
-    def _draft(self) -> None:
-        """Guess what those that decode will say next."""
-        running = self.scheduler.running
-        spare = MAX_ROWS - len(running)
-        for request in running:
-            # The last token that is generated needs no keys and values, and is not guessed either.
-            most = min(spare, request.max_tokens - len(request.completion.token_ids) - 1)
-            request.draft = self._guess(request, most) if request.num_uncomputed == 1 and most > 0 else []
-            spare -= len(request.draft)
-
-    def _guess(self, request: Request, most: int) -> list[int]:
-        """The tokens that the grammar leaves no choice about, or a guess."""
-        grammar = request.sampler.grammar
-        if grammar is not None:
-            return grammar.forced()[:most]
-        if self.options.speculation == "off":
-            return []
-        cost = self._step_cost.of_another(len(self.scheduler.running))
-        length = request.acceptance.length(min(self.options.max_draft, most), cost)
-        return request.drafter.propose(request.tokens, length) if length else []
 
     def _transfer(self, transfers: list[Transfer]) -> None:
         """Copy pages on the device, to the host and back."""
@@ -261,7 +271,13 @@ class Engine:
 
     def _can_look_ahead(self, started: "_Started") -> bool:
         """Whether the next iteration needs nothing of this one but the tokens that it samples."""
-        if started.drafts or self.options.speculation != "off" or any(request.siblings for request in started.ready):
+        if self.options.check_numerics:  # tokens that the host does not know yet are not in a step's input
+            return False
+        if (
+            started.drafts
+            or self._speculation.drafter is not None
+            or any(request.siblings for request in started.ready)
+        ):
             return False
         return bool(started.ready) and self._sampling.looks_ahead([request.sampler for request in started.ready])
 
@@ -274,7 +290,9 @@ class Engine:
         started.is_advanced = True
 
     def _complete(self, started: "_Started") -> None:
-        sampled = started.sampling.finish()
+        started.is_finished = True
+        with _concerning(started.batch):
+            sampled = started.sampling.finish()
         now = time.perf_counter()
         self._measure(started, now - max(started.begun, self._last_finish))  # the device did the one before first
         self._last_finish = now
@@ -284,19 +302,31 @@ class Engine:
         self._append(started, sampled)
 
     def _measure(self, started: "_Started", seconds: float) -> None:
-        if started.num_tokens == len(started.batch) + sum(map(len, started.drafts.values())):
-            self._step_cost.record(started.num_tokens, seconds)
+        num_tokens = len(started.input.input_ids)
+        if num_tokens == len(started.batch) + sum(map(len, started.drafts.values())):
+            self._speculation.measured(num_tokens, seconds)
         else:
-            self._rates.computed(started.num_tokens, seconds)
+            self._rates.computed(num_tokens, seconds)
 
     def _recover(self, started: "_Started | None") -> None:
         """After a failure: nothing is under way, and what counted as computed before it was is computed anew."""
         if self._started is not None or (started is not None and started.is_advanced):
             self.scheduler.restart()
+        for each in (started, self._started):
+            if each is not None and not each.is_finished:
+                with suppress(Exception):
+                    each.sampling.finish()
         self._started = None
         for requests in self._requests.values():
             for request in requests:
                 request.num_tokens, request.is_ending = len(request.tokens), False
+
+    def _fail(self, failure: _StepError) -> None:
+        error = DeviceError(f"the device failed in the step that had this request: {failure.__cause__}")
+        error.__cause__ = failure.__cause__
+        for request in failure.batch:
+            if self._is_alive(request):
+                self._finish(request, "error", error)
 
     def _is_alive(self, request: Request) -> bool:
         return request.completion.finish_reason is None
@@ -308,37 +338,36 @@ class Engine:
             if not self._is_alive(request):
                 continue
             self._fork_siblings(request)
-            draft = started.drafts.get(request, [])
-            accepted, goes_on = 0, True
-            while goes_on:
-                is_right = accepted < len(draft) and sampled.tokens[row + accepted] == draft[accepted]
-                goes_on = self._append_row(request, sampled, row + accepted, now) and is_right
-                accepted += is_right
+            draft = started.drafts.get(request, _NO_DRAFT)
+            right: list[int] = []  # nodes
+            node: int | None = ROOT
+            while node is not None and self._append_row(started, request, sampled, row + 1 + node, now):
+                node = draft.child(node, sampled.tokens[row + 1 + node])
+                right += [] if node is None else [node]
             grammar = request.sampler.grammar  # which has accepted all of these tokens
             if grammar is not None and grammar.is_finished and self._is_alive(request):
                 self._finish(request, "stop")
             if draft:
-                self._count_draft(request, len(draft), accepted)
+                self._speculation.judge(request, draft, len(right), sampled.tokens[row : row + 1 + len(draft)])
+                self._count_draft(request, len(draft), right)
 
-    def _count_draft(self, request: Request, drafted: int, accepted: int) -> None:
-        metrics = request.output.metrics
-        for counts in (metrics, self._stats):
-            counts.num_drafted += drafted
-            counts.num_accepted += accepted
-        if request.sampler.grammar is None:
-            request.acceptance.record(drafted, accepted)
+    def _count_draft(self, request: Request, num_drafted: int, right: list[int]) -> None:
+        for counts in (request.output.metrics, self._stats):
+            counts.num_drafted += num_drafted
+            counts.num_accepted += len(right)
         if self._is_alive(request):
             request.num_tokens = len(request.tokens)
-            self.scheduler.accept(request, accepted)
+            in_place = next((i for i, node in enumerate(right) if node != i), len(right))
+            self.scheduler.accept(request, in_place)
 
-    def _append_row(self, request: Request, sampled: Sampled, row: int, now: float) -> bool:
+    def _append_row(self, started: _Started, request: Request, sampled: Sampled, row: int, now: float) -> bool:
         """The token of a row of logits. Whether the request goes on."""
         if request.sampler.error is not None:
             self._finish(request, "error", request.sampler.error)
         elif math.isfinite(sampled.maxima[row]):
             self._append_token(request, sampled.tokens[row], sampled.logprobs[row], now)
         else:
-            self._finish(request, "error", _not_finite_error(request))
+            self._finish(request, "error", self._not_finite_error(started, request))
         return self._is_alive(request)
 
     def _fork_siblings(self, request: Request) -> None:
@@ -397,6 +426,7 @@ class Engine:
     def _retire(self, request: Request, reason: FinishReason, error: MlcgenError | None = None) -> None:
         """Complete the output of a sample that the scheduler does not have (any more)."""
         request_id = request.output.request_id
+        self._speculation.forget(request)
         self._requests[request_id].remove(request)
         if not self._requests[request_id]:
             del self._requests[request_id]
@@ -434,11 +464,25 @@ class Engine:
             shown = completion.token_ids[:-1] if stopped_by_token else completion.token_ids
             completion.text = self.tokenizer.decode(shown, request.params.skip_special_tokens)
 
+    def _not_finite_error(self, started: _Started, request: Request) -> RequestError:
+        if self.options.check_numerics:
+            where = self.executor.first_not_finite(started.input)
+            more = f"; the first such numbers come from {where}" if where else ", but not when the step ran again"
+        else:
+            more = "; check_numerics names the kernel, and `mlcgen verify` checks the artifact"
+        return RequestError(f"the model gave NaN or infinite logits after {request.num_tokens} tokens{more}")
+
     def _outgrown_error(self, request: Request) -> RequestError:
         return RequestError(
             f"the sequence has grown to {request.num_tokens} tokens but the KV cache holds {self.scheduler.capacity}; "
             "lower max_tokens or raise num_pages"
         )
+
+
+def _drafter(options: EngineOptions) -> Drafter | None:
+    if options.speculation == "ngram":
+        return NgramDrafter(options.branches)
+    return LookaheadDrafter(options.branches) if options.speculation == "lookahead" else None
 
 
 def _mark_scheduled(batch: list[Request]) -> None:
@@ -453,8 +497,4 @@ def _extend_text(request: Request, completion: CompletionOutput, text: str) -> N
     completion.text += request.stops.push(text) if may_stop else text
 
 
-def _not_finite_error(request: Request) -> RequestError:
-    return RequestError(
-        f"the model gave NaN or infinite logits after {request.num_tokens} tokens; "
-        "check the artifact with `mlcgen verify`"
-    )
+_NO_DRAFT = Draft()

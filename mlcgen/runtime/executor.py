@@ -26,6 +26,10 @@ class StepInput:
     seq_lens: Int32  # (seqs,) tokens of the sequence in the cache after this step
     query_start: Int32  # (seqs + 1,)
     logit_rows: Int32  # (rows,) token rows whose logits are wanted
+    tree_masks: Int32 | None = None
+    """(tokens,) for a token of a tree, which of its sequence's tokens in this step it sees, a bit each, the first one
+    the lowest; `positions` is then its depth, as several tokens may be at one position. 0, or no array: it sees all
+    that are before it. A sequence with a tree has 32 tokens in the step at most."""
 
 
 class Executor(Protocol):
@@ -36,9 +40,15 @@ class Executor(Protocol):
     vocab_size: int
     max_tokens_per_step: int
     page_shape: tuple[int, int]  # layers, and bytes of a page of one layer
+    supports_trees: bool  # whether it can be given `tree_masks`
 
     def step(self, batch: StepInput) -> Float32:
         """Logits, (rows, vocab_size) float32. The array is valid until the next call."""
+        ...
+
+    def first_not_finite(self, batch: StepInput) -> str | None:
+        """Run a step that was run before once more, kernel by kernel: the first whose results are not all finite, with
+        the weights that it read; None if there is none."""
         ...
 
     def copy_page(self, source: int, to: int) -> None:

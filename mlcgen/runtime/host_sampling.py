@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 
+from mlcgen.runtime.distribution import Distribution
+from mlcgen.runtime.draft import ROOT, Draft
 from mlcgen.runtime.executor import Executor, Float32, Int32, StepInput
 from mlcgen.runtime.sampler import Sampled, Sampler
 
 __all__ = ["HostSampling", "sample_rows"]
 
-Drafts = Sequence[Sequence[int]]  # for each sampler
+Drafts = Sequence[Draft]  # for each sampler
 
 
 class HostSampling:
@@ -25,10 +27,10 @@ class HostSampling:
     def start(self, batch: StepInput, samplers: Sequence[Sampler], sampled_rows: Int32 | None = None) -> None:
         """See SamplingExecutor.start."""
         assert sampled_rows is None
-        self._batch = batch, samplers, [[]] * len(samplers)
+        self._batch = batch, samplers, [Draft()] * len(samplers)
 
     def start_drafts(self, batch: StepInput, samplers: Sequence[Sampler], drafts: Drafts) -> None:
-        """Likewise, with a row of logits for each token of a sampler's draft before the one for the token after it."""
+        """Likewise, with a row of logits for each token of a sampler's draft after the one of its last token."""
         self._batch = batch, samplers, drafts
 
     def finish(self) -> Sampled:
@@ -41,29 +43,33 @@ class HostSampling:
 
 
 def sample_rows(logits: Float32, samplers: Sequence[Sampler], drafts: Drafts) -> Sampled:
-    """logits: (rows, vocab), for each sampler a row per token of its draft and one more.
+    """logits: (rows, vocab), for each sampler a row for its last token and one for each node of its draft.
 
-    A row after the first one whose token is not the draft's means nothing, and is not sampled.
+    Rows are sampled along the one path of the draft whose tokens are chosen; the others mean nothing.
     """
     best = logits.argmax(axis=1).tolist()
     maxima = [float(row[top]) for row, top in zip(logits, best, strict=True)]
     sampled = Sampled(list(best), maxima, [None] * len(best))
     first = 0
     for sampler, draft in zip(samplers, drafts, strict=True):
-        for row, guess in enumerate([*draft, None], first):
-            if _sample_row(logits[row], row, sampler, sampled) != guess:
-                break
+        node: int | None = ROOT
+        while node is not None:
+            row = first + 1 + node
+            token = _sample_row(logits[row], row, sampler, sampled, draft.proposal(node))
+            node = draft.child(node, token)
         first += 1 + len(draft)
     return sampled
 
 
-def _sample_row(logits: Float32, row: int, sampler: Sampler, sampled: Sampled) -> int | None:
+def _sample_row(
+    logits: Float32, row: int, sampler: Sampler, sampled: Sampled, guess: tuple[int, Distribution] | None
+) -> int | None:
     """logits (vocab,); `sampled` has the largest one. Returns the token, or None where no logits are to be trusted."""
     best = sampled.tokens[row]
     if not math.isfinite(sampled.maxima[row]):  # a NaN wins the argmax
         return None
     if not sampler.is_argmax:
-        sampled.tokens[row] = sampler.sample(logits, best)
+        sampled.tokens[row] = sampler.sample(logits, best, guess)
     if sampler.params.logprobs is not None:
         sampled.logprobs[row] = sampler.logprobs(logits, best, sampled.tokens[row])
     return sampled.tokens[row]

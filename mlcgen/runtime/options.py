@@ -6,7 +6,9 @@ from typing import Literal
 
 from mlcgen.errors import RequestError
 
-__all__ = ["EngineOptions"]
+__all__ = ["SPECULATIONS", "EngineOptions"]
+
+SPECULATIONS = ("off", "ngram", "lookahead", "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,16 +24,30 @@ class EngineOptions:
     """Memory of the host for the pages of preempted sequences, used as far as needed; 0: they are computed anew."""
     swap_file: Path | None = None
     """Where these pages go instead of memory; the file is made, and removed at the end."""
-    speculation: Literal["off", "ngram"] = "off"
+    chunked_prefill: bool = True
+    """Compute prompts in chunks beside the tokens of those that generate. False: prompts alone and first, as they come;
+    those that generate wait for them."""
+    speculation: Literal["off", "ngram", "lookahead", "model"] = "off"
     """Guess tokens and verify several in one step, which does not change what is generated. ngram: as they went on
-    before in the same text."""
+    before in the same text. lookahead: as the model itself guessed on the way. model: as `draft_model` goes on."""
+    draft_model: Path | None = None
+    """An artifact of a smaller model with the same tokenizer."""
     max_draft: int = 8
-    """Tokens guessed at once, at most; how many it pays to guess is measured."""
+    """Tokens guessed one after the other, at most; how many it pays to guess is measured."""
+    branches: int = 1
+    """Tokens guessed at one place, at most: with several, guesses are trees."""
+    check_numerics: bool = False
+    """Where the model gives NaN or infinite logits, run the step again kernel by kernel to name the first that did."""
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens_per_step", 1), ("swap_bytes", 0), ("max_draft", 1)):
+        for name, least in (("tokens_per_step", 1), ("swap_bytes", 0), ("max_draft", 1), ("branches", 1)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise RequestError(f"{name}={value!r} is not valid; it must be an integer of at least {least}")
-        if self.speculation not in ("off", "ngram"):
-            raise RequestError(f"speculation={self.speculation!r} is not known; have: off, ngram")
+        if self.speculation not in SPECULATIONS:
+            raise RequestError(f"speculation={self.speculation!r} is not known; have: {', '.join(SPECULATIONS)}")
+        if (self.speculation == "model") != (self.draft_model is not None):
+            raise RequestError(
+                f"speculation={self.speculation!r} with draft_model={str(self.draft_model)!r}: "
+                "a draft model is what speculation='model' needs, and nothing else does"
+            )

@@ -6,7 +6,7 @@ then on a step is one copy into pinned memory and one launch. Other steps start 
 
 import base64
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlcgen.errors import RequestError
+from mlcgen.runtime.check_numerics import described, is_finite
 from mlcgen.runtime.device import Address, Device
 from mlcgen.runtime.executor import Float32, Int32, StepInput, Uint8
 from mlcgen.runtime.pinned import PinnedRows, power_of_two
@@ -69,6 +70,7 @@ class PlanExecutor:
         self.vocab_size = int(manifest["model"]["vocab_size"])
         self.max_batch = int(manifest["max_batch"])
         self.max_tokens_per_step = int(plan["max_tokens_per_step"])
+        self.supports_trees = "tree_masks" in plan["inputs"]
         pages = plan["pages"]
         page_bytes = prod(pages["shape"]) * ITEM_BYTES[pages["dtype"]]
         self.page_shape = int(pages["layers"]), page_bytes
@@ -94,6 +96,26 @@ class PlanExecutor:
         self.device.download(logits, self.logits_address(step))
         self.device.synchronize()
         return logits
+
+    def first_not_finite(self, batch: StepInput) -> str | None:
+        """See Executor.first_not_finite."""
+        step = self.prepared(batch)
+        self._turn = (self._turn - 1) % self.TURNS  # the next step's is another one still
+        for name, tensors, symbols in self._started_kernels(step):
+            for index in tensors:
+                tensor = self._plan["tensors"][index]
+                if tensor["kind"] != "storage":
+                    continue
+                shape = [evaluate(size, symbols) for size in tensor["shape"]]
+                if tensor["shape"][0] == "n":  # rows behind the batch's own hold anything
+                    shape[0] = len(batch.input_ids)
+                result = np.empty(shape, tensor["dtype"])
+                self.device.download(result, self._tensor_address(step, index))
+                self.device.synchronize()
+                if not is_finite(result):
+                    read = [self._plan["tensors"][i] for i in tensors]
+                    return described(name, [each["name"] for each in read if each["kind"] == "weights"])
+        return None
 
     def copy_page(self, source: int, to: int) -> None:
         """See Executor.copy_page."""
@@ -217,12 +239,18 @@ class PlanExecutor:
 
     def run(self, step: Step) -> None:
         """Start a step's copies and kernels one by one."""
+        for _ in self._started_kernels(step):
+            pass
+
+    def _started_kernels(self, step: Step) -> Iterator[tuple[str, Sequence[int], dict[str, int]]]:
+        """Start a step's kernels: (name, tensors, symbols) of each that was started."""
         self.device.upload(step.inputs.address, step.inputs.staging[: step.num_bytes])
         self.begin(step)
         for name, tensors, own in self._plan["steps"]:
             symbols = step.symbols | {symbol: evaluate(size, step.symbols) for symbol, size in own.items()}
             for launch in self._launches(name, symbols):
                 self._launch(launch, tensors, step, symbols)
+            yield name, tensors, symbols
 
     def _launches(self, kernel: str, symbols: Mapping[str, int]) -> Sequence[Mapping[str, Any]]:
         for variant in self._plan["kernels"][kernel]:

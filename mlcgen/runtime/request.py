@@ -10,7 +10,7 @@ from mlcgen.runtime.grammar import Grammar, GrammarCompiler
 from mlcgen.runtime.outputs import CompletionOutput, RequestOutput
 from mlcgen.runtime.sampler import Sampler, SamplingParams
 from mlcgen.runtime.scheduler import Sequence
-from mlcgen.runtime.speculation import Acceptance, NgramDrafter
+from mlcgen.runtime.step_cost import Acceptance
 from mlcgen.runtime.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
 
 __all__ = ["Intake", "Prompt", "Request"]
@@ -40,12 +40,21 @@ class Request(Sequence):
         self.due = math.inf  # when nobody wants it any more, on the monotonic clock
         self.is_queued = False  # whether the scheduler has it
         self.siblings: list[Request] = []  # other samples, which begin when this one's prompt is in the cache
-        self.drafter = NgramDrafter()
         self.acceptance = Acceptance()
         self.sampler = Sampler(params, self.tokens, stop_ids, grammar)
         self.stops = StopMatcher(params.stop_strings, params.include_stop_str_in_output)
         self.decoder: IncrementalDecoder | None = None  # None: the text is wanted only at the end
         self.streams = False
+
+    @property
+    def num_wanted(self) -> int:
+        """Tokens that are still to be generated, at most."""
+        return self.max_tokens - len(self.completion.token_ids)
+
+    @property
+    def draws_freely(self) -> bool:
+        """Whether its tokens are drawn with random numbers that nobody expects to be the same again."""
+        return not self.params.is_greedy and self.params.seed is None
 
 
 class Intake:

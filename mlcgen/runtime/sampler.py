@@ -9,14 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mlcgen.errors import RequestError
+from mlcgen.runtime.distribution import Distribution, verified
 from mlcgen.runtime.executor import Float32, Int32
 from mlcgen.runtime.grammar import Grammar, Mask, StructuredOutput
 
-__all__ = ["Sampled", "Sampler", "SamplingParams", "draw_index", "largest_reaching", "top_k_ids"]
+__all__ = ["Sampled", "Sampler", "SamplingParams", "largest_reaching", "top_k_ids"]
 
 # Below this temperature the softmax is a one-hot in float32 anyway (the same bound as vLLM's).
 GREEDY_TEMPERATURE = 1e-5
-# Tokens that share one maximum or one sum in a first pass over the vocabulary.
+# Tokens that share one maximum in a first pass over the vocabulary.
 BLOCK = 256
 
 Int64 = npt.NDArray[np.int64]
@@ -159,15 +160,18 @@ class Sampler:
         self.is_argmax = params.is_greedy and not (self._seen or self._bias or params.min_tokens or grammar)
         """Whether the most likely token is always the answer, so that `sample` need not be called."""
 
-    def sample(self, logits: Float32, best: int) -> int:
+    def sample(self, logits: Float32, best: int, guess: tuple[int, Distribution] | None = None) -> int:
         """Next token for `logits` (vocab,), left unchanged, with finite maximum at `best`. At most one random number.
+
+        guess: a token and what it was drawn from; the token is then as often that one as the distribution allows, and
+        two random numbers are used.
 
         Order: bias, penalties, grammar, temperature, top-k and min-p, top-p.
         """
         if self._changes_logits:
             logits = self._adjusted(logits)
             best = int(logits.argmax())
-        token = best if self._random is None else self._draw(logits, best, self._random)
+        token = best if self._random is None else self._draw(logits, best, guess, self._random)
         self.record(token)
         return token
 
@@ -204,14 +208,16 @@ class Sampler:
         values -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
         logits[ids] = values
 
-    def _draw(self, logits: Float32, best: int, random: np.random.Generator) -> int:
-        ids, weights = self._candidates(logits, best)
-        index = draw_index(weights, random.random())
-        return index if ids is None else int(ids[index])
+    def _draw(
+        self, logits: Float32, best: int, guess: tuple[int, Distribution] | None, random: np.random.Generator
+    ) -> int:
+        candidates = self.candidates(logits, best)
+        return candidates.draw(random.random()) if guess is None else verified(candidates, *guess, len(logits), random)
 
-    def _candidates(self, logits: Float32, best: int) -> tuple[Int64 | None, Float32]:
-        """Token ids that may be drawn (None: all of them, in order) and their probabilities up to a factor."""
-        params, top, ids = self.params, logits[best], None
+    def candidates(self, logits: Float32, best: int) -> Distribution:
+        """The tokens that may be drawn, from logits in which bias, penalties and grammar are already."""
+        params, top = self.params, logits[best]
+        ids: Int64 | None = None
         if 0 < params.top_k < len(logits):
             ids = top_k_ids(logits, params.top_k)
             logits = logits[ids]
@@ -221,7 +227,7 @@ class Sampler:
             ids, weights = _keep(weights >= params.min_p, ids, weights)
         if params.top_p < 1:
             ids, weights = _nucleus(params.top_p, ids, weights)
-        return ids, weights
+        return Distribution(ids, weights)
 
     @property
     def has_history(self) -> bool:
@@ -288,24 +294,6 @@ def top_k_ids(logits: Float32, k: int) -> Int64:
     bound = np.partition(maxima, -k)[-k] if k <= len(maxima) else -np.inf
     ids = np.flatnonzero(logits >= bound)
     return ids[np.argsort(-logits[ids], kind="stable")[:k]]
-
-
-def draw_index(weights: Float32, uniform: float) -> int:
-    """Index drawn in proportion to `weights` (n,), by inversion of their running sum at `uniform` in [0, 1).
-
-    Blocks first, then inside one block: a running sum over all of a vocabulary would cost ten times as much.
-    """
-    sums = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK))
-    cumulative = np.cumsum(sums, dtype=np.float64)
-    target = uniform * cumulative[-1]
-    block = _first_above(cumulative, target)
-    start = block * BLOCK
-    within = np.cumsum(weights[start : start + BLOCK], dtype=np.float64)
-    return start + _first_above(within, target - (cumulative[block - 1] if block else 0.0))
-
-
-def _first_above(cumulative: npt.NDArray[np.float64], target: float) -> int:
-    return min(int(cumulative.searchsorted(target, side="right")), len(cumulative) - 1)  # rounding may reach the end
 
 
 def _keep(mask: npt.NDArray[np.bool_], ids: Int64 | None, weights: Float32) -> tuple[Int64, Float32]:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from mlcgen.runtime.device import Address, Device
+from mlcgen.runtime.draft import MAX_ROWS
 from mlcgen.runtime.executor import Int32, StepInput
 from mlcgen.runtime.plan_executor import PlanExecutor, Step
 from mlcgen.runtime.sampler import Sampled, Sampler
-from mlcgen.runtime.speculation import MAX_ROWS
 
 TAKE_TOKENS = "take_tokens"
 

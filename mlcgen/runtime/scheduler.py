@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 from mlcgen.errors import RequestError
+from mlcgen.runtime.draft import Draft
 from mlcgen.runtime.kv_cache import BlockTable, PagePool, num_pages_for
 from mlcgen.runtime.prefix_cache import ROOT, PrefixCache
 
@@ -27,7 +28,8 @@ class Sequence:
         self.num_tokens = len(self.tokens)  # with those that are being sampled
         self.num_computed = 0  # tokens in the KV cache
         self.num_scheduled = 0  # tokens of this step
-        self.draft: list[int] = []  # guesses at the tokens that follow; the scheduler may shorten it
+        self.draft = Draft()  # guesses at the tokens that follow; the scheduler may shorten it
+        self.num_behind = 0  # tokens of its last draft that were right and not in their places in the cache
         self.num_cached = 0  # prompt tokens that were in the cache when it was first admitted
         self.num_preemptions = 0
         self.is_ending = False  # the token that is being sampled is its last
@@ -40,6 +42,11 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return self.num_tokens - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the next step, if there is room, computes all that it has."""
+        return self.num_uncomputed <= 1 + self.num_behind
 
     @property
     def reaches_end(self) -> bool:
@@ -85,6 +92,7 @@ class Scheduler(Generic[S]):
         max_tokens_per_step: int,
         *,
         prefix_cache: bool = True,
+        chunked_prefill: bool = True,
         host_pool: PagePool | None = None,
         prefers_saving: Callable[[S], bool] = lambda sequence: True,
     ) -> None:
@@ -92,6 +100,7 @@ class Scheduler(Generic[S]):
         self.page_size = page_size
         self.max_batch = max_batch
         self.max_tokens_per_step = max_tokens_per_step
+        self.chunked_prefill = chunked_prefill
         self.cache = PrefixCache(pool, page_size) if prefix_cache else None
         self.host_pool = host_pool or PagePool(0)
         self.waiting: list[S] = []  # both in order
@@ -144,12 +153,16 @@ class Scheduler(Generic[S]):
         """This step's batch, each with `num_scheduled` set.
 
         The batch has decodes first, then chunks of prompts: a long prompt slows the running ones but never stops them.
+        Without `chunked_prefill` decodes have a step only where no prompt can.
         """
         step: Scheduled[S] = Scheduled()
         self._make_way(step)
-        budget = self._schedule_decodes(step)
-        budget = self._schedule_prompts(step, budget)
-        self._admit(step, budget)
+        budget = self.max_tokens_per_step
+        if self.chunked_prefill:
+            budget = self._schedule_decodes(step, budget)
+        self._admit(step, self._schedule_prompts(step, budget))
+        if not step.batch:
+            self._schedule_decodes(step, budget)
         return step
 
     def advance(self, batch: list[S]) -> None:
@@ -159,9 +172,14 @@ class Scheduler(Generic[S]):
             self._share(sequence)
 
     def accept(self, sequence: S, num_tokens: int) -> None:
-        """Record that so many of a draft's tokens were right: they are in the cache."""
+        """Record that so many of a draft's tokens are in the cache, as they were right and the first ones.
+
+        Others that were right, of a tree's other branches, are where the cache has a wrong one: they are computed anew
+        in the step that verifies the next draft.
+        """
         sequence.num_computed += num_tokens
-        sequence.draft = []
+        sequence.num_behind = max(sequence.num_uncomputed - 1, 0)
+        sequence.draft = Draft()
 
     def restart(self) -> None:
         """Have everything that runs computed anew: what is in the cache cannot be relied on."""
@@ -198,16 +216,17 @@ class Scheduler(Generic[S]):
             if len(self.running) == self.max_batch or not self._start_first(step):
                 self._preempt_last(step)
 
-    def _schedule_decodes(self, step: Scheduled[S]) -> int:
-        budget, index = self.max_tokens_per_step, 0
+    def _schedule_decodes(self, step: Scheduled[S], budget: int) -> int:
+        index = 0
         while budget and index < len(self.running):
             sequence = self.running[index]
-            if sequence.num_uncomputed > 1 or sequence.is_ending:
-                sequence.draft = []
+            if not sequence.is_decoding or sequence.is_ending:
+                sequence.draft = Draft()
                 index += 1
             elif self._reserve_next(sequence, step):
-                self._shorten_draft(sequence, budget)
-                sequence.num_scheduled = 1 + len(sequence.draft)
+                known = min(sequence.num_uncomputed, budget)
+                self._shorten_draft(sequence, budget - known if known == sequence.num_uncomputed else 0)
+                sequence.num_scheduled = known + len(sequence.draft)
                 step.batch.append(sequence)
                 budget -= sequence.num_scheduled
                 index += 1
@@ -218,7 +237,7 @@ class Scheduler(Generic[S]):
         for sequence in self.running:
             if not budget:
                 break
-            if sequence.num_uncomputed > 1:
+            if not sequence.is_decoding:
                 budget = self._schedule_chunk(sequence, step, budget)
         return budget
 
@@ -245,7 +264,7 @@ class Scheduler(Generic[S]):
         return True
 
     def _schedule_chunk(self, sequence: S, step: Scheduled[S], budget: int) -> int:
-        sequence.draft = []
+        sequence.draft = Draft()
         sequence.num_scheduled = min(sequence.num_uncomputed, budget)
         step.batch.append(sequence)
         return budget - sequence.num_scheduled
@@ -336,7 +355,7 @@ class Scheduler(Generic[S]):
             missing = min(max(missing, 0), self.pool.num_free)
             sequence.table.extend(self.pool.allocate(missing))
             room = len(sequence.table) * self.page_size - sequence.num_tokens
-            del sequence.draft[min(room, budget - 1) :]
+            sequence.draft.shorten(min(room, budget))
 
     def _share(self, sequence: S) -> None:
         """Put pages that have become full into the prefix cache."""
@@ -367,5 +386,5 @@ class Scheduler(Generic[S]):
 
     def _free(self, sequence: S) -> None:
         self.pool.free(sequence.table.clear())
-        sequence.num_computed = sequence.num_shareable = 0
-        sequence.draft = []
+        sequence.num_computed = sequence.num_shareable = sequence.num_behind = 0
+        sequence.draft = Draft()

@@ -24,24 +24,33 @@ def step_input(batch: Sequence[S], rows: Mapping[S, int], page_size: int) -> tup
     sampled_rows: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
+    masks: list[int] = []
     logit_rows: list[int] = []
     first_rows: list[int] = []
     query_start = [0]
     for sequence in batch:
+        draft = sequence.draft
         span = range(sequence.num_computed, sequence.num_computed + sequence.num_scheduled)
-        known = sequence.tokens[span.start : span.stop] + sequence.draft
+        known = sequence.tokens[span.start : span.stop] + draft.tokens
         input_ids += known
         if rows:
             sampled_rows += [-1] * len(known)
             if len(known) < len(span):  # one is not known yet
                 input_ids.append(0)
                 sampled_rows.append(rows[sequence])
-        positions += span
+        if draft.is_chain:
+            positions += span
+            masks += [0] * len(span)
+        else:
+            num_known = len(span) - len(draft)
+            positions += span[:num_known]
+            positions += [sequence.num_tokens - 1 + depth for depth in draft.depths]
+            masks += draft.masks(num_known)
         slots += sequence.table.slots(span, page_size)
         query_start.append(len(positions))
         if sequence.reaches_end:
             first_rows.append(len(logit_rows))
-            logit_rows += range(len(positions) - 1 - len(sequence.draft), len(positions))
+            logit_rows += range(len(positions) - 1 - len(draft), len(positions))
     batch_input = StepInput(
         input_ids=np.array(input_ids, np.int32),
         positions=np.array(positions, np.int32),
@@ -50,5 +59,6 @@ def step_input(batch: Sequence[S], rows: Mapping[S, int], page_size: int) -> tup
         seq_lens=np.array([sequence.num_computed + sequence.num_scheduled for sequence in batch], np.int32),
         query_start=np.array(query_start, np.int32),
         logit_rows=np.array(logit_rows, np.int32),
+        tree_masks=np.array(masks, np.uint32).view(np.int32) if any(masks) else None,
     )
     return batch_input, np.array(sampled_rows, np.int32) if rows else None, first_rows

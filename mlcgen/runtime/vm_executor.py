@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlcgen.errors import ArtifactError, RequestError
+from mlcgen.runtime.check_numerics import described, is_finite
 from mlcgen.runtime.cpu import usable_cores
 from mlcgen.runtime.executor import Float32, StepInput, Uint8
 from mlcgen.safetensors import ALIGNMENT
@@ -97,8 +98,10 @@ class VmExecutor:
         self._page_bytes = [page.reshape(num_pages, -1).view(np.uint8) for page in pages]  # (num_pages, bytes)
         self.page_shape = len(pages), self._page_bytes[0].shape[1]
         self._pages = [self._tensor(page) for page in pages]
-        self._weights = [self._tensor(weights[name]) for name in manifest["entry"]["weights"]]
+        self._weight_names: list[str] = list(manifest["entry"]["weights"])
+        self._weights = [self._tensor(weights[name]) for name in self._weight_names]
         self._inputs: list[str] = list(manifest["entry"]["inputs"])
+        self.supports_trees = "tree_masks" in self._inputs
         self._staged: dict[str, tuple[npt.NDArray[Any], Any]] = {}
 
     def step(self, batch: StepInput) -> Float32:
@@ -111,6 +114,28 @@ class VmExecutor:
         logits = self._forward(*inputs, *self._pages, *self._weights)
         result: Float32 = np.from_dlpack(logits)[:wanted]  # type: ignore[assignment]
         return result
+
+    def first_not_finite(self, batch: StepInput) -> str | None:
+        """See Executor.first_not_finite."""
+        pages = {tensor.data_ptr() for tensor in self._pages}
+        names = dict(zip((tensor.data_ptr() for tensor in self._weights), self._weight_names, strict=True))
+        found: list[str] = []
+
+        def check(_func: Any, kernel: str, before_run: bool, _result: Any, *args: Any) -> int:
+            tensors = [arg for arg in args if hasattr(arg, "data_ptr")]
+            if not (before_run or found or kernel.startswith("vm.")) and tensors:
+                result = tensors[-1]  # kernels write to their last argument
+                if result.data_ptr() not in pages and not is_finite(np.from_dlpack(result)):
+                    read = [names[tensor.data_ptr()] for tensor in tensors if tensor.data_ptr() in names]
+                    found.append(described(kernel, read))
+            return 0
+
+        self._vm["set_instrument"](check)
+        try:
+            self.step(batch)
+        finally:
+            self._vm["set_instrument"](None)
+        return found[0] if found else None
 
     def copy_page(self, source: int, to: int) -> None:
         """See Executor.copy_page."""

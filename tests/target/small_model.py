@@ -62,4 +62,5 @@ class LogitsOnly:
         self.step, self.num_pages, self.page_size = executor.step, executor.num_pages, executor.page_size
         self.vocab_size, self.max_tokens_per_step = executor.vocab_size, executor.max_tokens_per_step
         self.page_shape, self.copy_page = executor.page_shape, executor.copy_page
+        self.supports_trees = executor.supports_trees
         self.read_page, self.write_page = executor.read_page, executor.write_page

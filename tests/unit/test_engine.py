@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlcgen.errors import MlcgenError, RequestError
+from mlcgen.errors import DeviceError, MlcgenError, RequestError
 from mlcgen.runtime import llm as llm_module
 from mlcgen.runtime.engine import Engine
 from mlcgen.runtime.executor import Float32, StepInput
 from mlcgen.runtime.llm import LLM, AsyncEngine
+from mlcgen.runtime.options import EngineOptions
 from mlcgen.runtime.outputs import Delta
 from mlcgen.runtime.sampler import SamplingParams
 from mlcgen.runtime.tokenizer import Tokenizer
@@ -178,16 +179,31 @@ def test_nan_logits_fail_that_request_alone() -> None:
     assert [output.token_ids for output in outputs[:-1]] == expected
 
 
-def test_an_executor_failure_passes_through_and_loses_nothing() -> None:
-    engine = make_engine()
+@pytest.mark.parametrize("checks", [False, True])
+def test_nan_logits_are_traced_where_asked_for(checks: bool) -> None:
+    executor = NumpyExecutor()
+    executor.poisoned_token = 5
+    engine = make_engine(executor=executor, options=EngineOptions(check_numerics=checks))
+    output = engine.add_request("a", [1, 2, 5], greedy())
+    engine.step()
+    assert ("kernel head" in str(output.error)) == checks
+    assert executor.num_checked == checks
+
+
+def test_an_executor_failure_ends_the_requests_of_that_step_alone() -> None:
+    engine = make_engine(max_batch=2)
     outputs = [engine.add_request(str(i), prompt, params) for i, (prompt, params) in enumerate(MIXED)]
     engine.step()
     engine.executor.fail_next = True  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError, match="out of device memory"):
-        engine.step()
+    assert [output.request_id for output in engine.step()] == ["0", "1"]
+    for output in outputs[:2]:
+        assert output.finish_reason == "error"
+        assert isinstance(output.error, DeviceError)
+        assert "out of device memory" in str(output.error)
     while engine.has_unfinished:
         engine.step()
-    assert [output.token_ids for output in outputs] == run_alone(MIXED)
+    assert [output.token_ids for output in outputs[2:]] == run_alone(MIXED)[2:]
+    assert engine.pool.num_free == engine.pool.num_pages
 
 
 def test_stop_token_ids_and_end_of_sequence() -> None:
@@ -332,8 +348,7 @@ def test_generate_wants_as_many_params_as_prompts(loaded: list[Engine]) -> None:
 def test_generate_cleans_up_after_a_device_failure(loaded: list[Engine]) -> None:
     llm = LLM("anywhere")
     llm.engine.executor.fail_next = True  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError):
-        llm.generate(TEXTS, greedy(4))
+    assert [output.finish_reason for output in llm.generate(TEXTS, greedy(4))] == ["error"] * 3
     assert [len(output.token_ids) for output in llm.generate(TEXTS, greedy(4))] == [4, 4, 4]
 
 

@@ -1,7 +1,9 @@
 """Prefix sharing, several samples, saved pages, priorities, deadlines and drafts: none of them changes a token."""
 
 import itertools
+import math
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlcgen.errors import DeviceError, RequestError
+from mlcgen.runtime.draft_model import ModelDrafter
 from mlcgen.runtime.engine import Engine
 from mlcgen.runtime.host_pages import HostPages
+from mlcgen.runtime.ngram import NgramIndex
 from mlcgen.runtime.options import EngineOptions
 from mlcgen.runtime.sampler import SamplingParams
-from mlcgen.runtime.speculation import NgramDrafter, StepCost
+from mlcgen.runtime.step_cost import StepCost
 
-from .tiny_engine import NumpyExecutor, greedy, make_engine, prompt_of, run, run_alone
+from .tiny_engine import CONTEXT, NumpyExecutor, greedy, make_engine, prompt_of, run, run_alone
 
+TEMPERATURE = 6.0  # this model is sure of itself
 SYSTEM = prompt_of(33, seed=9)
 REPETITIVE = [5, 6, 7, 8, 9] * 6
 REQUESTS = [
@@ -40,7 +45,9 @@ def expected() -> list[list[int]]:
 CHOICES = {
     "prefix_cache": (True, False),
     "swap_bytes": (1 << 20, 0),
-    "speculation": ("off", "ngram"),
+    "speculation": ("off", "ngram", "lookahead", "model"),
+    "branches": (1, 3),
+    "chunked_prefill": (True, False),
     "tokens_per_step": (None, 7),
     "page_size": (1, 4, 16),
     "num_pages": (1000, 70),  # tokens: enough for all, or for the longest alone
@@ -63,13 +70,32 @@ def covered(case: dict[str, object]) -> set[tuple[object, ...]]:
     return {(a, case[a], b, case[b]) for a, b in itertools.combinations(case, 2)}
 
 
+@pytest.fixture
+def cheap_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever steps take on this machine."""
+    monkeypatch.setattr(StepCost, "of_another", lambda cost, num_tokens: 0.1)
+    monkeypatch.setattr(StepCost, "seconds", lambda cost, num_tokens: 1e9)
+
+
+def drafting_engine(options: dict[str, object], **sizes: int) -> Engine:
+    """With a draft model that agrees with the large one on two tokens of three."""
+    drafter = None
+    if options["speculation"] == "model":
+        small = NumpyExecutor(num_pages=20, page_size=16)
+        small.head = small.head + 0.2 * np.random.default_rng(2).standard_normal(small.head.shape)
+        drafter = ModelDrafter(small, CONTEXT, options["branches"])  # type: ignore[arg-type]
+        options = options | {"draft_model": Path("small")}
+    return make_engine(options=EngineOptions(**options), drafter=drafter, **sizes)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("case", pairwise(), ids=lambda case: "-".join(map(str, case.values())))
+@pytest.mark.usefixtures("cheap_guesses")
 def test_no_feature_changes_a_token(case: dict[str, object], expected: list[list[int]]) -> None:
     options = dict(case)
     page_size, tokens = options.pop("page_size"), options.pop("num_pages")
     assert isinstance(page_size, int)
     assert isinstance(tokens, int)
-    engine = make_engine(options=EngineOptions(**options), page_size=page_size, num_pages=-(-tokens // page_size))  # type: ignore[arg-type]
+    engine = drafting_engine(options, page_size=page_size, num_pages=-(-tokens // page_size))
     for _ in range(2):  # again, with what the first time left in the cache
         assert [output.token_ids for output in run(engine, REQUESTS)] == expected
     stats = engine.stats()
@@ -224,6 +250,71 @@ def test_a_deadline_ends_a_request() -> None:
     assert engine.pool.num_free == engine.pool.num_pages
 
 
+@pytest.mark.usefixtures("cheap_guesses")
+@pytest.mark.parametrize("speculation", ["ngram", "lookahead", "model"])
+def test_a_tree_is_right_more_often_than_a_chain(speculation: str) -> None:
+    requests = [(prompt_of(7, seed), greedy(60)) for seed in range(4)]
+    steps, depths = [], []
+    for branches in (1, 3):
+        engine = drafting_engine({"speculation": speculation, "branches": branches})
+        run(engine, requests)
+        stats = engine.stats()
+        steps.append(stats.num_steps)
+        depths.append(stats.num_accepted)
+    if speculation == "model":
+        assert max(steps) < 40
+    assert depths[1] > 0
+    assert steps[1] <= steps[0] * 1.1
+
+
+@pytest.mark.usefixtures("cheap_guesses")
+def test_a_draft_model_that_is_short_of_pages_guesses_for_some() -> None:
+    small = NumpyExecutor(num_pages=3, page_size=16)
+    options = EngineOptions(speculation="model", draft_model=Path("small"))
+    engine = make_engine(options=options, drafter=ModelDrafter(small, context_length=60))
+    requests = [(prompt_of(30, seed), greedy(40)) for seed in range(3)]
+    assert [output.token_ids for output in run(engine, requests)] == run_alone(requests)
+    assert 0 < engine.stats().num_accepted < 2 * 40
+
+
+@pytest.mark.usefixtures("cheap_guesses")
+def test_drawn_guesses_keep_the_distribution() -> None:
+    """Of the second and third token of samples without a seed, as the large model alone has it."""
+    prompt, drawn = prompt_of(5), {"top_k": 3, "temperature": TEMPERATURE, "ignore_eos": True}
+    engine = drafting_engine({"speculation": "model", "branches": 1}, num_pages=400)
+    first = run(make_engine(), [(prompt, greedy(1))])[0].token_ids[0]
+    samples = SamplingParams(n=1024, max_tokens=3, **drawn)  # type: ignore[arg-type]
+    output = engine.add_request("a", [*prompt, first], samples, stream=False)
+    while not output.finished:
+        engine.step()
+    stats = engine.stats()
+    assert 0.2 < stats.acceptance < 0.95
+    assert stats.num_drafted > 500
+    counts = Counter(tuple(completion.token_ids) for completion in output.outputs)
+    expected = {
+        (a, b, c): p * q * r
+        for a, p in likeliest([*prompt, first]).items()
+        for b, q in likeliest([*prompt, first, a]).items()
+        for c, r in likeliest([*prompt, first, a, b]).items()
+    }
+    assert counts.keys() <= expected.keys()
+    common = {text: 1024 * p for text, p in expected.items() if 1024 * p > 5}
+    chi_square = sum((counts[text] - mean) ** 2 / mean for text, mean in common.items())
+    assert chi_square < chi2_bound(len(common))
+
+
+def likeliest(prompt: list[int]) -> dict[int, float]:
+    """The three likeliest tokens and their probabilities among themselves."""
+    (best,) = run(make_engine(), [(prompt, greedy(1, logprobs=3))])[0].outputs[0].logprobs or [{}]
+    weights = {token: math.exp(logprob / TEMPERATURE) for token, logprob in best.items()}
+    return {token: weight / sum(weights.values()) for token, weight in weights.items()}
+
+
+def chi2_bound(freedom: int) -> float:
+    """Passed by chance once in 10,000 times (Wilson and Hilferty's approximation)."""
+    return freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
+
+
 @pytest.mark.parametrize("params", [greedy(61, logit_bias={7: 1000.0}), greedy(61)], ids=["on the host", "argmax"])
 def test_drafts_save_steps(params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that says one thing over and over, and whose steps cost the same whatever is in them."""
@@ -247,7 +338,7 @@ def test_drafts_save_steps(params: SamplingParams, monkeypatch: pytest.MonkeyPat
 
 def test_wrong_drafts_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StepCost, "of_another", lambda cost, num_tokens: 0.3)
-    monkeypatch.setattr(NgramDrafter, "propose", lambda drafter, tokens, count: [1] * count)
+    monkeypatch.setattr(NgramIndex, "propose", lambda index, tokens, count: [[1] * count])
     engine = make_engine(options=EngineOptions(speculation="ngram"))
     output = run(engine, [(prompt_of(9), greedy(100))])[0]
     assert output.token_ids == run_alone([(prompt_of(9), greedy(100))])[0]
@@ -260,7 +351,10 @@ def test_wrong_drafts_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"tokens_per_step": 0}, "tokens_per_step=0 is not valid; it must be an integer of at least 1"),
         ({"swap_bytes": -1}, "swap_bytes=-1 is not valid"),
         ({"max_draft": 1.5}, "max_draft=1.5 is not valid"),
-        ({"speculation": "magic"}, "speculation='magic' is not known; have: off, ngram"),
+        ({"speculation": "magic"}, "speculation='magic' is not known; have: off, ngram, lookahead, model"),
+        ({"speculation": "model"}, "speculation='model' with draft_model='None'"),
+        ({"speculation": "ngram", "draft_model": Path("a")}, "speculation='ngram' with draft_model='a'"),
+        ({"branches": 0}, "branches=0 is not valid"),
     ],
 )
 def test_options_that_are_not_valid(fields: dict[str, object], message: str) -> None:

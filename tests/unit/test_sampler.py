@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlcgen.errors import RequestError
+from mlcgen.runtime.distribution import Distribution, draw_index, verified
 from mlcgen.runtime.executor import Float32
-from mlcgen.runtime.sampler import _CHECKS, Sampler, SamplingParams, draw_index, largest_reaching, top_k_ids
+from mlcgen.runtime.sampler import _CHECKS, Sampler, SamplingParams, largest_reaching, top_k_ids
 
 Float64 = npt.NDArray[np.float64]
 
@@ -278,3 +279,23 @@ def test_stop_strings_are_a_list_however_given() -> None:
     assert SamplingParams().stop_strings == []
     assert SamplingParams(stop="a").stop_strings == ["a"]
     assert SamplingParams(stop=["a", "b"]).stop_strings == ["a", "b"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_verified_guesses_are_distributed_as_the_target(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    size = 6
+    ids = np.sort(random.choice(size, 4, replace=False))
+    target = Distribution(ids, random.random(4).astype(np.float32))
+    proposal = Distribution(None, random.random(size).astype(np.float32) * (random.random(size) < 0.7))
+    p, q = target.dense(size), proposal.dense(size)
+    counts, num_right, draws = np.zeros(size), 0, 20_000
+    for _ in range(draws):
+        guess = proposal.draw(random.random())
+        token = verified(target, guess, proposal, size, random)
+        counts[token] += 1
+        num_right += token == guess
+    assert not counts[p == 0].any()
+    chi_square = ((counts - draws * p)[p > 0] ** 2 / (draws * p[p > 0])).sum()
+    assert chi_square < 22  # three degrees of freedom: by chance in one of 10,000
+    assert num_right / draws == pytest.approx(np.minimum(p, q).sum(), abs=0.02)  # as often as can be

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mlcgen.errors import RequestError
+from mlcgen.runtime.draft import ROOT, Draft
 from mlcgen.runtime.kv_cache import PagePool, num_pages_for
-from mlcgen.runtime.prefix_cache import ROOT
+from mlcgen.runtime.prefix_cache import ROOT as TREE_ROOT
 from mlcgen.runtime.scheduler import Scheduled, Scheduler, Sequence
 
 VOCAB = 3  # few, so that prompts have beginnings in common
@@ -57,15 +58,25 @@ class Memory:
     def run(self, batch: list[Job]) -> None:
         """Write what the step computes, then check that each token sees all before it."""
         for job in batch:
-            tokens = job.tokens + job.draft
             for at in range(job.num_computed, job.num_computed + job.num_scheduled):
                 page = job.table[at // self.size]
                 assert not self.scheduler.pool.is_shared(page), "a write into a page that others need"
-                self.device.setdefault(page, [None] * self.size)[at % self.size] = bytes(tokens[: at + 1])
+                self.device.setdefault(page, [None] * self.size)[at % self.size] = seen_at(job, at)
         for job in batch:
-            tokens = job.tokens + job.draft
             for at in range(job.num_computed + job.num_scheduled):
-                assert self.device[job.table[at // self.size]][at % self.size] == bytes(tokens[: at + 1])
+                assert self.device[job.table[at // self.size]][at % self.size] == seen_at(job, at)
+
+
+def seen_at(job: Job, at: int) -> bytes:
+    """The tokens up to the one that is at a place of the cache, in which a draft's nodes come after the known ones."""
+    node = at - job.num_tokens
+    if node < 0:
+        return bytes(job.tokens[: at + 1])
+    path = []
+    while node != ROOT:
+        path.append(job.draft.tokens[node])
+        node = job.draft.parents[node]
+    return bytes(job.tokens + path[::-1])
 
 
 def make_scheduler(
@@ -85,14 +96,14 @@ def run_step(scheduler: Scheduler[Job], memory: Memory | None = None) -> tuple[l
     finished = []
     for job in step.batch:
         if job.num_uncomputed == 0:
-            draft, right = job.draft, 0
-            while True:
+            draft, right = job.draft, []
+            node: int | None = ROOT
+            while node is not None:
                 job.tokens.append(next_token(job.tokens))
                 job.num_tokens += 1
-                if right == len(draft) or job.num_tokens >= job.num_final or draft[right] != job.tokens[-1]:
-                    break
-                right += 1
-            scheduler.accept(job, right)
+                node = None if job.num_tokens >= job.num_final else draft.child(node, job.tokens[-1])
+                right += [] if node is None else [node]
+            scheduler.accept(job, next((i for i, node in enumerate(right) if node != i), len(right)))
             if job.num_tokens == job.num_final:
                 assert job.tokens == completed(job.prompt, job.num_wanted)
                 scheduler.remove(job)
@@ -108,9 +119,9 @@ def check_batch(scheduler: Scheduler[Job], batch: list[Job]) -> None:
     for job in batch:
         assert 1 <= job.num_scheduled <= job.num_uncomputed + len(job.draft)
         assert job.num_computed + job.num_scheduled <= len(job.table) * scheduler.page_size
-    is_chunk = [job.num_uncomputed > 1 for job in batch]
+    is_chunk = [not job.is_decoding for job in batch]
     first_chunk = is_chunk.index(True) if True in is_chunk else len(batch)
-    decodes_later = [job for job in batch[first_chunk:] if job.num_uncomputed == 1 and job.draft]
+    decodes_later = [job for job in batch[first_chunk:] if job.is_decoding and job.draft]
     assert not decodes_later
 
 
@@ -134,7 +145,18 @@ def check_tree(scheduler: Scheduler[Job]) -> None:
     keys = scheduler.cache._keys
     for page, key in keys.items():
         assert scheduler.cache._pages[key] == page
-        assert key[0] == ROOT or key[0] in keys
+        assert key[0] == TREE_ROOT or key[0] in keys
+
+
+def drafted(tokens: list[int], wrong: set[int], is_tree: bool) -> Draft:
+    """A draft of right tokens but at the places `wrong`, where others are in their stead or, in a tree, before them."""
+    draft, node = Draft(), ROOT
+    for place, token in enumerate(tokens):
+        other = draft.add(node, (token + 1) % VOCAB) if place in wrong else None
+        if is_tree and other is not None and place % 2:
+            draft.add(other, token)
+        node = other if other is not None and not is_tree else draft.add(node, token)
+    return draft
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -146,14 +168,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_batch=st.integers(1, 6),
         max_tokens=st.integers(1, 64),
         host_pages=st.sampled_from([0, 3, 100]),
-        prefix_cache=st.booleans(),
+        options=st.fixed_dictionaries(
+            {"prefix_cache": st.booleans(), "chunked_prefill": st.sampled_from([True, True, False])}
+        ),
     )
     def create(
-        self, num_pages: int, page_size: int, max_batch: int, max_tokens: int, host_pages: int, prefix_cache: bool
+        self, num_pages: int, page_size: int, max_batch: int, max_tokens: int, host_pages: int, options: dict[str, bool]
     ) -> None:
         page_size = min(page_size, max(1, 400 // num_pages)) if num_pages > 4 else page_size
-        options = {"prefix_cache": prefix_cache, "host_pool": PagePool(host_pages)}
-        self.scheduler = make_scheduler(num_pages, page_size, max_batch, max_tokens, **options)
+        host_pool = PagePool(host_pages)
+        self.scheduler = make_scheduler(num_pages, page_size, max_batch, max_tokens, host_pool=host_pool, **options)
         self.memory = Memory(self.scheduler)
         self.alive: list[Job] = []
         self.arrivals = 0
@@ -214,10 +238,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def guess(self, data: st.DataObject) -> None:
         for job in self.scheduler.running:
             length = data.draw(st.integers(0, 9))
-            if job.num_uncomputed == 1:
-                job.draft = completed(job.tokens, length)[len(job.tokens) :]
-                if job.draft and data.draw(st.booleans()):
-                    job.draft[data.draw(st.integers(0, len(job.draft) - 1))] = 0
+            if job.is_decoding:
+                wrong = data.draw(st.sets(st.integers(0, 9)))
+                job.draft = drafted(completed(job.tokens, length)[len(job.tokens) :], wrong, data.draw(st.booleans()))
 
     @rule(count=st.integers(1, 12))
     def steps(self, count: int) -> None:
@@ -230,7 +253,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         batch, finished, outgrown = run_step(self.scheduler, self.memory)
         if first and first not in outgrown:
             is_full = sum(job.num_scheduled for job in batch) == self.scheduler.max_tokens_per_step
-            assert first in batch or is_full
+            assert first in batch or is_full or not self.scheduler.chunked_prefill
             assert first in finished or first.num_computed > before or first not in batch
         for job in outgrown:
             assert num_pages_for(job.num_tokens, self.scheduler.page_size) > self.scheduler.pool.num_pages

@@ -11,6 +11,7 @@ from mlcgen.runtime.executor import Float32, StepInput
 from mlcgen.runtime.options import EngineOptions
 from mlcgen.runtime.outputs import RequestOutput
 from mlcgen.runtime.sampler import SamplingParams
+from mlcgen.runtime.speculation import Drafter
 from mlcgen.runtime.tokenizer import Tokenizer
 
 VOCAB, HEADS, HEAD_DIM, CONTEXT = 300, 2, 8, 200
@@ -24,6 +25,7 @@ class NumpyExecutor:
     """
 
     vocab_size = VOCAB
+    supports_trees = True
 
     def __init__(self, num_pages: int = 64, page_size: int = 4, max_tokens_per_step: int = 64) -> None:
         self.num_pages, self.page_size, self.max_tokens_per_step = num_pages, page_size, max_tokens_per_step
@@ -35,6 +37,7 @@ class NumpyExecutor:
         self.pages = np.full((num_pages, 2, HEADS, page_size, HEAD_DIM), np.nan)
         self.page_shape = (1, self.pages[0].nbytes)
         self.poisoned_token: int | None = None
+        self.num_checked = 0
         self.fail_next = False
         self.num_steps = 0
         self.threads: set[int] = set()
@@ -53,6 +56,10 @@ class NumpyExecutor:
         if self.poisoned_token is not None:
             logits[batch.input_ids[batch.logit_rows] == self.poisoned_token, 5] = np.nan
         return logits.astype(np.float32)
+
+    def first_not_finite(self, batch: StepInput) -> str | None:
+        self.num_checked += 1
+        return None if np.isfinite(self.step(batch)).all() else "kernel head"
 
     def copy_page(self, source: int, to: int) -> None:
         self.pages[to] = self.pages[source]
@@ -74,15 +81,25 @@ class NumpyExecutor:
         page, offset = divmod(int(batch.slot_mapping[row]), self.page_size)
         self.pages[page, 0, :, offset], self.pages[page, 1, :, offset] = k, v
         blocks = self.pages[batch.block_table[s]]  # (blocks, 2, heads, page_size, head_dim)
-        keys, values = blocks.transpose(1, 2, 0, 3, 4).reshape(2, HEADS, -1, HEAD_DIM)[:, :, : position + 1]
+        cells = blocks.transpose(1, 2, 0, 3, 4).reshape(2, HEADS, -1, HEAD_DIM)
+        keys, values = cells[:, :, self.visible(batch, s, row)]
         scores = np.einsum("he,hte->ht", q, keys)
         weights = np.exp(scores - scores.max(1, keepdims=True))
         out = np.einsum("ht,hte->he", weights / weights.sum(1, keepdims=True), values)
         return x + 3 * out.reshape(WIDTH)
 
+    def visible(self, batch: StepInput, s: int, row: int) -> list[int]:
+        """Cells that a token attends to."""
+        mask = 0 if batch.tree_masks is None else int(batch.tree_masks[row]) & 0xFFFFFFFF
+        if not mask:
+            return list(range(batch.positions[row] + 1))
+        cached = int(batch.seq_lens[s]) - int(batch.query_start[s + 1] - batch.query_start[s])
+        return [*range(cached), *(cached + bit for bit in range(32) if mask >> bit & 1)]
+
     def check(self, batch: StepInput) -> None:
         num_tokens, num_seqs = len(batch.input_ids), len(batch.seq_lens)
-        assert all(array.dtype == np.int32 and array.flags.c_contiguous for array in vars(batch).values())
+        arrays = [array for array in vars(batch).values() if array is not None]
+        assert all(array.dtype == np.int32 and array.flags.c_contiguous for array in arrays)
         assert batch.positions.shape == batch.slot_mapping.shape == (num_tokens,)
         assert batch.query_start.shape == (num_seqs + 1,)
         assert batch.query_start[0] == 0
@@ -91,14 +108,25 @@ class NumpyExecutor:
         assert len(set(batch.slot_mapping.tolist())) == num_tokens
         assert batch.slot_mapping.max() < self.num_pages * self.page_size
         last = batch.query_start[1:] - 1
-        assert (batch.positions[last] + 1 == batch.seq_lens).all()
+        is_tree = [self.is_tree(batch, s) for s in range(num_seqs)]
+        assert all(batch.positions[last[s]] + 1 == batch.seq_lens[s] for s in range(num_seqs) if not is_tree[s])
         assert (np.diff(batch.logit_rows) > 0).all()
         wanted = set(batch.logit_rows.tolist())
         assert wanted <= set(range(num_tokens))
         for s in range(num_seqs):
             rows = [row for row in range(batch.query_start[s], batch.query_start[s + 1]) if row in wanted]
             assert rows == list(range(last[s] + 1 - len(rows), last[s] + 1)), "the last ones: a draft's, and the next"
-            assert (np.diff(batch.positions[batch.query_start[s] : batch.query_start[s + 1]]) == 1).all()
+            assert is_tree[s] or (np.diff(batch.positions[batch.query_start[s] : batch.query_start[s + 1]]) == 1).all()
+
+    def is_tree(self, batch: StepInput, s: int) -> bool:
+        rows = slice(batch.query_start[s], batch.query_start[s + 1])
+        if batch.tree_masks is None or not batch.tree_masks[rows].any():
+            return False
+        assert rows.stop - rows.start <= 32
+        assert (batch.positions[rows] < batch.seq_lens[s]).all()
+        masks = batch.tree_masks[rows].view(np.uint32).tolist()
+        assert all(mask == 0 or mask >> i == 1 for i, mask in enumerate(masks)), "itself and earlier ones"
+        return True
 
 
 def greedy(max_tokens: int | None = 12, **params: Any) -> SamplingParams:
@@ -112,9 +140,10 @@ def make_engine(
     max_batch: int = 8,
     executor: Any = None,
     options: EngineOptions | None = None,
+    drafter: Drafter | None = None,
     **sizes: int,
 ) -> Engine:
-    return Engine(executor or NumpyExecutor(**sizes), tokenizer, [0], CONTEXT, max_batch, options)
+    return Engine(executor or NumpyExecutor(**sizes), tokenizer, [0], CONTEXT, max_batch, options, drafter)
 
 
 def run(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> list[RequestOutput]:
