@@ -11,6 +11,7 @@ from mlcgen import cli_output as output
 from mlcgen.errors import MlcgenError
 
 if TYPE_CHECKING:
+    from mlcgen.runtime.options import EngineOptions
     from mlcgen.runtime.sampler import SamplingParams
 
 # The verbs import what they need when they run, so that `--help` is quick and `run` needs no compiler.
@@ -110,6 +111,12 @@ Temperature = Annotated[float, typer.Option(help="0 always takes the most likely
 TopK = Annotated[int, typer.Option(help="Keep this many most likely tokens; 0: all.")]
 TopP = Annotated[float, typer.Option(help="Keep the most likely tokens of this total probability.")]
 MinP = Annotated[float, typer.Option(help="Keep tokens at least this likely relative to the best.")]
+Speculation = Annotated[
+    str | None, typer.Option(help="Guess tokens, which changes none: off, ngram, lookahead, or model; default: off.")
+]
+DraftModel = Annotated[Path | None, typer.Option(help="Artifact of a smaller model that guesses.")]
+Branches = Annotated[int, typer.Option(min=1, help="Guesses at one place.")]
+CheckNumerics = Annotated[bool, typer.Option("--check-numerics", help="Name the kernel where numbers are not finite.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 
 
@@ -179,6 +186,10 @@ def run(
     max_batch: Annotated[int | None, typer.Option(min=1, help="Sequences per step; default: as compiled.")] = None,
     threads: Threads = None,
     gpu_memory_utilization: GpuMemory = 0.9,
+    speculation: Speculation = None,
+    draft_model: DraftModel = None,
+    branches: Branches = 1,
+    check_numerics: CheckNumerics = False,
     as_json: Json = False,
 ) -> None:
     """Complete prompts; one prompt streams, several run as one batch."""
@@ -198,7 +209,8 @@ def run(
         logprobs=logprobs,
     )
     with output.waiting("loading"):
-        llm = LLM(artifact, target, num_pages, max_batch, threads, gpu_memory_utilization)
+        options = _engine_options(speculation, draft_model, branches, check_numerics)
+        llm = LLM(artifact, target, num_pages, max_batch, threads, gpu_memory_utilization, options)
     if target == "auto":
         output.chosen_target(artifact)
     if len(prompts) == 1 and not as_json:
@@ -208,6 +220,15 @@ def run(
     output.completions(outputs, logprobs, as_json)
     if any(each.error for each in outputs):
         raise typer.Exit(1)
+
+
+def _engine_options(
+    speculation: str | None, draft_model: Path | None, branches: int, check_numerics: bool
+) -> "EngineOptions":
+    from mlcgen.runtime.options import EngineOptions
+
+    kind: Any = speculation or ("model" if draft_model else "off")
+    return EngineOptions(speculation=kind, draft_model=draft_model, branches=branches, check_numerics=check_numerics)
 
 
 @verb
@@ -224,6 +245,10 @@ def chat(
     num_pages: NumPages = None,
     threads: Threads = None,
     gpu_memory_utilization: GpuMemory = 0.9,
+    speculation: Speculation = None,
+    draft_model: DraftModel = None,
+    branches: Branches = 1,
+    check_numerics: CheckNumerics = False,
 ) -> None:
     """Talk with a model. /reset forgets, /exit or end of input leaves, Ctrl-C stops an answer."""
     from mlcgen.runtime.llm import LLM
@@ -233,7 +258,8 @@ def chat(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=max_tokens
     )
     with output.waiting("loading"):
-        llm = LLM(artifact, target, num_pages, 1, threads, gpu_memory_utilization)
+        options = _engine_options(speculation, draft_model, branches, check_numerics)
+        llm = LLM(artifact, target, num_pages, 1, threads, gpu_memory_utilization, options)
     _converse(llm, params, [{"role": "system", "content": system}] if system else [])
 
 

@@ -2,10 +2,14 @@
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from mlcgen import artifact
+from mlcgen.errors import ArtifactError
 from mlcgen.runtime.distribution import Distribution
 from mlcgen.runtime.draft import ROOT, Draft
 from mlcgen.runtime.executor import Executor, Float32
@@ -15,11 +19,40 @@ from mlcgen.runtime.sampler import top_k_ids
 from mlcgen.runtime.scheduler import Sequence
 from mlcgen.runtime.step_input import step_input
 
-__all__ = ["ModelDrafter"]
+if TYPE_CHECKING:
+    from mlcgen.runtime.load import LoadedModel
+
+__all__ = ["ModelDrafter", "load_drafter"]
 
 Float64 = npt.NDArray[np.float64]
 
+MAX_TOKENS = 1 << 15  # that its pages hold, at most
 LEAST_CHANCE = 0.05  # of a guess that is worth a row of the large model
+
+
+def load_drafter(
+    path: str | Path,
+    large: "LoadedModel",
+    target: str = "auto",
+    num_threads: int | None = None,
+    branches: int = 1,
+) -> "ModelDrafter":
+    """The artifact at `path` as a draft model of `large`. Raises ArtifactError if their tokens are not the same, and as
+    load_executor does."""
+    from mlcgen.runtime.load import default_num_pages, load_executor  # late: it brings the device's libraries
+
+    manifest = artifact.read_manifest(path)
+    wanted = min(MAX_TOKENS // int(manifest["kv"]["page_size"]), default_num_pages(manifest, large.max_batch))
+    model = load_executor(path, target, wanted, num_threads=num_threads)
+    sizes = model.executor.vocab_size, large.executor.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ArtifactError(
+            f"draft model {path} has {sizes[0]} tokens, the large one {sizes[1]}; they must be the same"
+        )
+    files = model.tokenizer_path, large.tokenizer_path
+    if files[0] and files[1] and files[0].read_bytes() != files[1].read_bytes():
+        raise ArtifactError(f"draft model {path} has another tokenizer than the large one; choose one of its family")
+    return ModelDrafter(model.executor, model.context_length, branches)
 
 
 class _Shadow(Sequence):

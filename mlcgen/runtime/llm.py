@@ -31,7 +31,10 @@ def load_engine(
     options: EngineOptions | None = None,
 ) -> Engine:
     """An engine on the artifact at `path`. Arguments and errors as in `LLM`."""
+    from mlcgen.runtime.draft_model import load_drafter
     from mlcgen.runtime.load import load_executor  # late: it brings the device's libraries
+
+    options = options or EngineOptions()
 
     model = load_executor(
         path,
@@ -42,7 +45,11 @@ def load_engine(
         gpu_memory_utilization=gpu_memory_utilization,
     )
     tokenizer = Tokenizer(model.tokenizer_path, model.tokenizer_config) if model.tokenizer_path else None
-    return Engine(model.executor, tokenizer, model.eos_token_ids, model.context_length, model.max_batch, options)
+    drafter = None
+    if options.draft_model is not None:
+        drafter = load_drafter(options.draft_model, model, target, num_threads, options.branches)
+    sizes = model.context_length, model.max_batch
+    return Engine(model.executor, tokenizer, model.eos_token_ids, *sizes, options, drafter)
 
 
 class LLM:
