@@ -6,8 +6,10 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 from mlcgen.errors import DeviceError, MlcgenError, RequestError
+from mlcgen.runtime.beam_search import BeamSearch
 from mlcgen.runtime.draft import ROOT, Draft
 from mlcgen.runtime.executor import Executor, SamplingExecutor, StepInput
 from mlcgen.runtime.host_pages import HostPages
@@ -150,6 +152,9 @@ class Engine:
                 self._end(output, completion, "error", error)
             return output
         requests[0].is_queued = True
+        if params.beam_width:
+            new_beam = partial(self._intake.new_beam, output, params, rank)
+            requests[0].search = BeamSearch(requests, params, requests[0].max_tokens, self.scheduler, new_beam)
         for request in requests:
             request.due = due
         self._requests[request_id] = requests
@@ -220,16 +225,18 @@ class Engine:
         step = self.scheduler.schedule()
         self._stats.policy_seconds += time.perf_counter() - begun
         for request in step.outgrown:
-            self._retire(request, "error", self._outgrown_error(request))
-        if not step.batch:
-            return None
-        _mark_scheduled(step.batch)
-        with _concerning(step.batch):
+            request.is_queued = False
+        for request in step.outgrown:
+            if self._is_alive(request):
+                self._finish(request, "error", self._outgrown_error(request))
+        batch = list(filter(self._is_alive, step.batch))  # other beams of one that has outgrown are not
+        with _concerning(batch):
             self._transfer(step.transfers)
-            return self._begin(step.batch, before)
+            return self._begin(batch, before) if batch else None
 
     def _begin(self, batch: list[Request], before: "_Started | None") -> "_Started":
         """Have the executor start the batch."""
+        _mark_scheduled(batch)
         ready = [request for request in batch if request.reaches_end]  # in the order of the logit rows
         before_rows = dict(zip(before.ready, before.rows, strict=True)) if before is not None else {}
         batch_input, sampled_rows, rows = step_input(batch, before_rows, self.executor.page_size)
@@ -276,7 +283,7 @@ class Engine:
         if (
             started.drafts
             or self._speculation.drafter is not None
-            or any(request.siblings for request in started.ready)
+            or any(request.siblings or request.search for request in started.ready)
         ):
             return False
         return bool(started.ready) and self._sampling.looks_ahead([request.sampler for request in started.ready])
@@ -337,6 +344,9 @@ class Engine:
         for request, row in zip(started.ready, started.rows, strict=True):
             if not self._is_alive(request):
                 continue
+            if request.search is not None:
+                self._extend_beam(started, request, request.search, sampled, row)
+                continue
             self._fork_siblings(request)
             draft = started.drafts.get(request, _NO_DRAFT)
             right: list[int] = []  # nodes
@@ -369,6 +379,36 @@ class Engine:
         else:
             self._finish(request, "error", self._not_finite_error(started, request))
         return self._is_alive(request)
+
+    def _extend_beam(self, started: _Started, request: Request, search: BeamSearch, sampled: Sampled, row: int) -> None:
+        logprobs = sampled.logprobs[row]
+        if not math.isfinite(sampled.maxima[row]) or logprobs is None:
+            return self._finish(request, "error", self._not_finite_error(started, request))
+        self._stats.num_generated_tokens += 1
+        metrics = request.output.metrics
+        metrics.first_token = metrics.first_token or time.monotonic()
+        try:
+            goes_on = search.extend(request, logprobs)
+        except RequestError as error:  # there is no room for as many as there are now
+            return self._finish(request, "error", error)
+        self._requests[request.output.request_id] = search.beams
+        for beam in search.beams:
+            beam.search, beam.due = search, request.due
+        if not goes_on:
+            self._finish_search(request.output, search, "length")
+
+    def _finish_search(
+        self, output: RequestOutput, search: BeamSearch, reason: FinishReason, error: MlcgenError | None = None
+    ) -> None:
+        del self._requests[output.request_id]
+        for beam in search.beams:
+            beam.completion.finish_reason = reason
+            if beam.is_queued:
+                self.scheduler.remove(beam)
+        reasons = search.write(output.outputs, reason)
+        for completion, each in zip(output.outputs, reasons, strict=True):
+            self._complete_text(search.beams[0], completion)
+            self._end(output, completion, each, error)
 
     def _fork_siblings(self, request: Request) -> None:
         """The prompt is in the cache: the other samples can begin."""
@@ -419,6 +459,8 @@ class Engine:
         return bool(requests)
 
     def _finish(self, request: Request, reason: FinishReason, error: MlcgenError | None = None) -> None:
+        if request.search is not None:
+            return self._finish_search(request.output, request.search, reason, error)
         if request.is_queued:
             self.scheduler.remove(request)
         self._retire(request, reason, error)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,9 +14,14 @@ from mlcgen.runtime.scheduler import Sequence
 from mlcgen.runtime.step_cost import Acceptance
 from mlcgen.runtime.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
 
-__all__ = ["Intake", "Prompt", "Request"]
+if TYPE_CHECKING:
+    from mlcgen.runtime.beam_search import BeamSearch
+
+__all__ = ["CANDIDATES", "Intake", "Prompt", "Request"]
 
 Prompt = str | list[int]
+
+CANDIDATES = 2  # tokens of a beam that matter, for each beam: half of all that are taken may end the text
 
 
 class Request(Sequence):
@@ -45,6 +51,7 @@ class Request(Sequence):
         self.stops = StopMatcher(params.stop_strings, params.include_stop_str_in_output)
         self.decoder: IncrementalDecoder | None = None  # None: the text is wanted only at the end
         self.streams = False
+        self.search: BeamSearch | None = None  # that it is a beam of
 
     @property
     def num_wanted(self) -> int:
@@ -78,8 +85,11 @@ class Intake:
         """One for each sample; the first one has the others as siblings."""
         self._check_prompt(len(output.prompt_token_ids))
         self._check_params(params)
-        if params.n > 1 and stream:
-            raise RequestError(f"n={params.n} samples cannot be streamed; use generate, or several requests")
+        if max(params.n, params.beam_width) > 1 and stream:
+            what = f"n={params.n} samples" if params.n > 1 else f"beam_width={params.beam_width} beams"
+            raise RequestError(f"{what} cannot be streamed; use generate, or several requests")
+        if params.beam_width:
+            return [self.new_beam(output, params, rank)]
         samples = []
         for completion in output.outputs:
             seed = None if params.seed is None else params.seed + completion.index
@@ -87,6 +97,12 @@ class Intake:
             samples.append(self._new_request(output, completion, its_params, stream, rank))
         samples[0].siblings = samples[1:]
         return samples
+
+    def new_beam(self, output: RequestOutput, params: SamplingParams, rank: float) -> Request:
+        """A beam of a request; its completion is none of the output's yet."""
+        greedy = replace(params, n=1, beam_width=0, temperature=0.0)
+        own = replace(greedy, logprobs=CANDIDATES * params.beam_width)
+        return self._new_request(output, CompletionOutput(), own, stream=False, rank=rank)
 
     def _new_request(
         self, output: RequestOutput, completion: CompletionOutput, params: SamplingParams, stream: bool, rank: float
@@ -121,12 +137,23 @@ class Intake:
             )
 
     def _check_params(self, params: SamplingParams) -> None:
+        if params.beam_width:
+            _check_beams(params)
         if params.stop and self._tokenizer is None:
             raise RequestError(f"stop={params.stop!r} needs a tokenizer, which the artifact lacks; use stop_token_ids")
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             outside = [token for token in ids or () if token >= self._vocab_size]
             if outside:
                 raise RequestError(f"{name} names token {outside[0]}; token ids go to {self._vocab_size - 1}")
+
+
+def _check_beams(params: SamplingParams) -> None:
+    if params.n > params.beam_width:
+        raise RequestError(f"n={params.n} texts of beam_width={params.beam_width} beams; lower n or raise beam_width")
+    unused = ("stop", "structured", "logit_bias", "min_tokens", "repetition_penalty", "presence_penalty")
+    for name in (*unused, "frequency_penalty", "logprobs"):
+        if getattr(params, name) != getattr(SamplingParams(), name):
+            raise RequestError(f"{name}={getattr(params, name)!r} is nothing that beam search knows; leave it out")
 
 
 def _checked_token_ids(prompt: list[int], vocab_size: int) -> list[int]:

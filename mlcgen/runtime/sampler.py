@@ -29,6 +29,11 @@ class SamplingParams:
 
     n: int = 1
     """Sequences per prompt: with a seed, the i-th has seed + i. They share the prompt's pages."""
+    beam_width: int = 0
+    """Beam search with so many sequences at a time, which gives the n best of them; 0: sampling. The texts are those of
+    the largest sum of log-probabilities per token, and have no use for what chooses single tokens."""
+    length_penalty: float = 1.0
+    """Of beam search: the power of its length by which a text's sum of log-probabilities is divided."""
     temperature: float = 1.0
     """0 takes the most likely token (greedy)."""
     top_p: float = 1.0
@@ -108,6 +113,8 @@ _NUMBER = (int, float, np.integer, np.floating)
 _BOOL = (bool,)
 _CHECKS: list[tuple[str, tuple[type, ...], Callable[[Any], bool], str]] = [
     ("n", _INT, lambda x: 1 <= x <= 1024, "an integer from 1 to 1024"),
+    ("beam_width", _INT, lambda x: 0 <= x <= 64, "an integer from 0 to 64"),
+    ("length_penalty", _NUMBER, lambda x: 0 <= x < math.inf, "a finite number >= 0"),
     ("temperature", _NUMBER, lambda x: 0 <= x < math.inf, "a finite number >= 0"),
     ("top_p", _NUMBER, lambda x: 0 < x <= 1, "a number in (0, 1]"),
     ("top_k", _INT, lambda x: x >= -1, "an integer >= 1, or 0 or -1 for all tokens"),

@@ -105,6 +105,7 @@ class Scheduler(Generic[S]):
         self.host_pool = host_pool or PagePool(0)
         self.waiting: list[S] = []  # both in order
         self.running: list[S] = []
+        self.paused: list[S] = []  # they have pages for as long as nobody else needs them
         self._prefers_saving = prefers_saving
         self._num_added = 0
         self.num_prompt_tokens = 0  # of sequences that were admitted
@@ -128,7 +129,7 @@ class Scheduler(Generic[S]):
         """
         self.add(sequence)
         shared = sequence.num_tokens - 1
-        if parent in self.running and 0 < shared <= parent.num_computed and len(self.running) < self.max_batch:
+        if 0 < shared <= parent.num_computed and len(self.running) < self.max_batch:
             pages = parent.table.pages[: self._pages_for(shared)].tolist()
             needed = self._pages_for(sequence.num_tokens) - len(pages)
             if needed <= self.pool.num_free:
@@ -140,12 +141,22 @@ class Scheduler(Generic[S]):
                 self.waiting.remove(sequence)
                 self._insert(self.running, sequence)
 
+    def pause(self, sequence: S) -> None:
+        """Leave a running sequence out of all steps until it is resumed."""
+        self.running.remove(sequence)
+        self.paused.append(sequence)
+
+    def resume(self, sequence: S) -> None:
+        """Have a paused sequence run; where there is no room, or its pages are gone, it waits."""
+        self.paused.remove(sequence)
+        if len(sequence.table) and len(self.running) < self.max_batch:
+            self._insert(self.running, sequence)
+        else:
+            self._drop(sequence)
+
     def remove(self, sequence: S) -> None:
         """Forget a finished or aborted sequence and free its pages."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        else:
-            self.waiting.remove(sequence)
+        next(queue for queue in (self.running, self.paused, self.waiting) if sequence in queue).remove(sequence)
         self._free(sequence)
         self._drop_saved(sequence)
 
@@ -184,10 +195,10 @@ class Scheduler(Generic[S]):
     def restart(self) -> None:
         """Have everything that runs computed anew: what is in the cache cannot be relied on."""
         for sequence in reversed(self.running):
-            self._free(sequence)
-            sequence.num_preemptions += 1
-            self._insert(self.waiting, sequence)
+            self._drop(sequence)
         self.running.clear()
+        for sequence in self.paused:
+            self._free(sequence)
         for sequence in self.waiting:
             self._drop_saved(sequence)
         if self.cache is not None:
@@ -281,7 +292,7 @@ class Scheduler(Generic[S]):
             # One token at least is computed, for its logits, in a copy of the page that has it. There is none.
             self.pool.free([shared.pop()])
             needed += 1
-        if needed > self.pool.num_free:
+        if not self._reclaim(needed):
             self.pool.free(shared)
             return False
         sequence.table.extend(shared + self.pool.allocate(needed))
@@ -319,7 +330,7 @@ class Scheduler(Generic[S]):
             self.remove(sequence)
             step.outgrown.append(sequence)
             return False
-        while not self.pool.num_free:
+        while not self._reclaim(1):
             # Those after `sequence` are not in the batch yet, so preempting them takes nothing back.
             if self._preempt_last(step) is sequence:
                 return False
@@ -379,10 +390,22 @@ class Scheduler(Generic[S]):
         if pages and len(pages) <= self.host_pool.num_free and self._prefers_saving(victim):
             victim.saved, victim.num_saved = self.host_pool.allocate(len(pages)), victim.num_computed
             step.transfers += [Transfer("save", page, to) for page, to in zip(pages, victim.saved, strict=True)]
-        self._free(victim)
-        self._insert(self.waiting, victim)
-        victim.num_preemptions += 1
+        self._drop(victim)
         return victim
+
+    def _reclaim(self, needed: int) -> bool:
+        """Whether so many pages are free, after paused sequences have given theirs where they must."""
+        for sequence in reversed(self.paused):
+            if needed <= self.pool.num_free:
+                break
+            self._free(sequence)
+        return needed <= self.pool.num_free
+
+    def _drop(self, sequence: S) -> None:
+        """Have a sequence wait that is in no queue, without its pages."""
+        self._free(sequence)
+        sequence.num_preemptions += 1
+        self._insert(self.waiting, sequence)
 
     def _free(self, sequence: S) -> None:
         self.pool.free(sequence.table.clear())

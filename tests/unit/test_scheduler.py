@@ -126,14 +126,14 @@ def check_batch(scheduler: Scheduler[Job], batch: list[Job]) -> None:
 
 
 def check_pages(scheduler: Scheduler[Job]) -> None:
-    held = [page for job in scheduler.running for page in job.table.pages.tolist()]
+    held = [page for job in scheduler.running + scheduler.paused for page in job.table.pages.tolist()]
     for page in range(scheduler.pool.num_pages):
         assert scheduler.pool.num_references(page) == held.count(page)
     assert scheduler.pool.num_free == scheduler.pool.num_pages - len(set(held))
     assert all(len(job.table) == 0 and job.num_computed == 0 for job in scheduler.waiting)
     saved = [page for job in scheduler.waiting for page in job.saved]
     assert len(set(saved)) == len(saved) == scheduler.host_pool.num_pages - scheduler.host_pool.num_free
-    assert not any(job.saved for job in scheduler.running)
+    assert not any(job.saved for job in scheduler.running + scheduler.paused)
     if scheduler.cache is not None:
         assert scheduler.pool.num_idle <= len(scheduler.cache) <= scheduler.pool.num_pages
         check_tree(scheduler)
@@ -210,9 +210,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.alive.append(job)
 
     @precondition(lambda self: self.scheduler.running)
+    @rule(data=st.data())
+    def pause(self, data: st.DataObject) -> None:
+        self.scheduler.pause(data.draw(st.sampled_from(self.scheduler.running)))
+
+    @precondition(lambda self: self.scheduler.paused)
+    @rule(data=st.data())
+    def resume(self, data: st.DataObject) -> None:
+        self.scheduler.resume(data.draw(st.sampled_from(self.scheduler.paused)))
+
+    @precondition(lambda self: self.scheduler.running)
     @rule(data=st.data(), num_wanted=st.integers(1, 30))
     def fork(self, data: st.DataObject, num_wanted: int) -> None:
-        parent = data.draw(st.sampled_from(self.scheduler.running))
+        parent = data.draw(st.sampled_from(self.scheduler.running + self.scheduler.paused))
         job = self.arrived(list(parent.tokens), num_wanted, parent.rank)
         if num_pages_for(job.num_tokens + 1, self.scheduler.page_size) <= self.scheduler.pool.num_pages:
             self.scheduler.fork(job, parent)
@@ -248,7 +258,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.step()
 
     def step(self) -> None:
-        first = min(self.alive, key=lambda job: job.order, default=None)
+        able = [job for job in self.alive if job not in self.scheduler.paused]
+        first = min(able, key=lambda job: job.order, default=None)
         before = first.num_computed if first else 0
         batch, finished, outgrown = run_step(self.scheduler, self.memory)
         if first and first not in outgrown:
@@ -263,7 +274,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def queues_are_in_order(self) -> None:
         for queue in (self.scheduler.running, self.scheduler.waiting):
             assert [job.order for job in queue] == sorted(job.order for job in queue)
-        assert {*map(id, self.scheduler.running), *map(id, self.scheduler.waiting)} == set(map(id, self.alive))
+        queues = self.scheduler.running + self.scheduler.waiting + self.scheduler.paused
+        assert sorted(map(id, queues)) == sorted(map(id, self.alive))
 
     @invariant()
     def pages_add_up(self) -> None:
@@ -272,6 +284,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
+        for job in list(self.scheduler.paused):
+            self.scheduler.resume(job)
         for _ in range(20_000):
             if not self.alive:
                 break
