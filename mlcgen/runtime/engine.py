@@ -12,25 +12,24 @@ from mlcgen.errors import DeviceError, MlcgenError, RequestError
 from mlcgen.runtime.beam_search import BeamSearch
 from mlcgen.runtime.draft import ROOT, Draft
 from mlcgen.runtime.executor import Executor, SamplingExecutor, StepInput
-from mlcgen.runtime.host_pages import HostPages
 from mlcgen.runtime.host_sampling import HostSampling
 from mlcgen.runtime.kv_cache import PagePool
 from mlcgen.runtime.lookahead import LookaheadDrafter
 from mlcgen.runtime.ngram import NgramDrafter
 from mlcgen.runtime.options import EngineOptions
 from mlcgen.runtime.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from mlcgen.runtime.page_mover import PageMover
 from mlcgen.runtime.request import Intake, Prompt, Request
 from mlcgen.runtime.sampler import Sampled, SamplingParams
-from mlcgen.runtime.scheduler import Scheduler, Transfer
+from mlcgen.runtime.scheduler import Scheduler
 from mlcgen.runtime.speculation import Drafter, Speculation
-from mlcgen.runtime.stats import EngineStats, Rates
+from mlcgen.runtime.stats import EngineStats
 from mlcgen.runtime.step_input import step_input
 from mlcgen.runtime.tokenizer import Tokenizer
 
 __all__ = ["Engine", "Prompt"]
 
 PRIORITY_SECONDS = 60.0  # a level of priority is worth so much waiting
-SAVED_PER_PAGE = 8  # pages on the host for each on the device, at most
 
 
 @dataclass
@@ -90,10 +89,7 @@ class Engine:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.context_length = context_length
         self.pool = PagePool(executor.num_pages)
-        layers, layer_bytes = executor.page_shape
-        # More would only be lists of numbers: what is preempted has been in the pages.
-        num_saved = min(options.swap_bytes // (layers * layer_bytes), SAVED_PER_PAGE * executor.num_pages)
-        self._host_pages = HostPages(num_saved, layers, layer_bytes, options.swap_file)
+        self._mover = PageMover(executor, options)
         self.scheduler: Scheduler[Request] = Scheduler(
             self.pool,
             executor.page_size,
@@ -101,14 +97,13 @@ class Engine:
             min(options.tokens_per_step or executor.max_tokens_per_step, executor.max_tokens_per_step),
             prefix_cache=options.prefix_cache,
             chunked_prefill=options.chunked_prefill,
-            host_pool=PagePool(num_saved),
-            prefers_saving=self._prefers_saving,
+            host_pool=PagePool(self._mover.num_host_pages),
+            prefers_saving=self._mover.prefers_saving,
         )
         self._intake = Intake(tokenizer, executor.vocab_size, self.eos_token_ids, context_length)
         self._requests: dict[str, list[Request]] = {}  # samples that are unfinished
         self._deadlines: list[tuple[float, str]] = []  # a heap
         self._stats = EngineStats()
-        self._rates = Rates()
         drafter = drafter or _drafter(options)
         self._speculation = Speculation(drafter, options.max_draft, options.branches)
         if options.branches > 1 and drafter is not None and not executor.supports_trees:
@@ -171,6 +166,8 @@ class Engine:
         pool, host_pool = self.pool, self.scheduler.host_pool
         return replace(
             self._stats,
+            num_saved=self._mover.num_saved,
+            num_loaded=self._mover.num_loaded,
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             num_pages=pool.num_pages,
@@ -231,7 +228,7 @@ class Engine:
                 self._finish(request, "error", self._outgrown_error(request))
         batch = list(filter(self._is_alive, step.batch))  # other beams of one that has outgrown are not
         with _concerning(batch):
-            self._transfer(step.transfers)
+            self._mover.move(step.transfers)
             return self._begin(batch, before) if batch else None
 
     def _begin(self, batch: list[Request], before: "_Started | None") -> "_Started":
@@ -252,29 +249,6 @@ class Engine:
             started.sampling = self._host_sampling
             self._host_sampling.start_drafts(batch_input, samplers, [request.draft for request in ready])
         return started
-
-    def _transfer(self, transfers: list[Transfer]) -> None:
-        """Copy pages on the device, to the host and back."""
-        if not transfers:
-            return
-        begun, num_moved = time.perf_counter(), 0
-        for transfer in transfers:
-            if transfer.kind == "copy":
-                self.executor.copy_page(transfer.source, transfer.to)
-            elif transfer.kind == "save":
-                self.executor.read_page(transfer.source, self._host_pages[transfer.to])
-                self._stats.num_saved += 1
-                num_moved += 1
-            else:
-                self.executor.write_page(transfer.to, self._host_pages[transfer.source])
-                self._stats.num_loaded += 1
-                num_moved += 1
-        if num_moved:
-            self._rates.moved(num_moved, time.perf_counter() - begun)
-
-    def _prefers_saving(self, request: Request) -> bool:
-        """Whether a sequence's pages are sooner saved and brought back than computed anew."""
-        return 2 * len(request.table) * self._rates.page_seconds < request.num_computed * self._rates.token_seconds
 
     def _can_look_ahead(self, started: "_Started") -> bool:
         """Whether the next iteration needs nothing of this one but the tokens that it samples."""
@@ -313,7 +287,7 @@ class Engine:
         if num_tokens == len(started.batch) + sum(map(len, started.drafts.values())):
             self._speculation.measured(num_tokens, seconds)
         else:
-            self._rates.computed(num_tokens, seconds)
+            self._mover.rates.computed(num_tokens, seconds)
 
     def _recover(self, started: "_Started | None") -> None:
         """After a failure: nothing is under way, and what counted as computed before it was is computed anew."""
@@ -407,7 +381,7 @@ class Engine:
                 self.scheduler.remove(beam)
         reasons = search.write(output.outputs, reason)
         for completion, each in zip(output.outputs, reasons, strict=True):
-            self._complete_text(search.beams[0], completion)
+            search.beams[0].complete_text(completion, self.tokenizer)
             self._end(output, completion, each, error)
 
     def _fork_siblings(self, request: Request) -> None:
@@ -419,27 +393,12 @@ class Engine:
                 sibling.is_queued = True
 
     def _append_token(self, request: Request, token: int, logprobs: dict[int, float] | None, now: float) -> None:
-        completion = request.completion
         self._stats.num_generated_tokens += 1
-        if completion.logprobs is not None and logprobs is not None:
-            completion.logprobs.append(logprobs)
-        request.tokens.append(token)
-        completion.token_ids.append(token)
         if request.output.metrics.first_token is None:
             request.output.metrics.first_token = now
-        self._check_end(request, completion, token)
-
-    def _check_end(self, request: Request, completion: CompletionOutput, token: int) -> None:
-        if token in request.stop_ids:
-            completion.stop_reason = None if token in self.eos_token_ids else token
-            return self._finish(request, "stop")
-        if request.decoder is not None:
-            _extend_text(request, completion, request.decoder.push(token))
-        if request.stops.matched is not None:
-            completion.stop_reason = request.stops.matched
-            self._finish(request, "stop")
-        elif len(completion.token_ids) >= request.max_tokens:
-            self._finish(request, "length")
+        reason = request.append(token, logprobs)
+        if reason is not None:
+            self._finish(request, reason)
         elif request.streams:
             self._changed.append(request.output)
 
@@ -472,7 +431,7 @@ class Engine:
         self._requests[request_id].remove(request)
         if not self._requests[request_id]:
             del self._requests[request_id]
-        self._complete_text(request, request.completion)
+        request.complete_text(request.completion, self.tokenizer)
         metrics = request.output.metrics
         metrics.num_preemptions += request.num_preemptions
         metrics.num_cached_tokens = max(metrics.num_cached_tokens, request.num_cached)
@@ -495,16 +454,6 @@ class Engine:
             output.metrics.num_prompt_tokens = len(output.prompt_token_ids)
             output.metrics.num_tokens = sum(len(each.token_ids) for each in output.outputs)
             self._changed.append(output)
-
-    def _complete_text(self, request: Request, completion: CompletionOutput) -> None:
-        """Give out the text that was held back, or decode all of it if it was not decoded on the way."""
-        if request.decoder is not None:
-            if request.stops.matched is None:
-                completion.text += request.stops.push(request.decoder.flush()) + request.stops.flush()
-        elif self.tokenizer is not None:
-            stopped_by_token = completion.token_ids[-1:] and completion.token_ids[-1] in request.stop_ids
-            shown = completion.token_ids[:-1] if stopped_by_token else completion.token_ids
-            completion.text = self.tokenizer.decode(shown, request.params.skip_special_tokens)
 
     def _not_finite_error(self, started: _Started, request: Request) -> RequestError:
         if self.options.check_numerics:
@@ -532,11 +481,6 @@ def _mark_scheduled(batch: list[Request]) -> None:
     for request in batch:
         if request.output.metrics.scheduled is None:
             request.output.metrics.scheduled = now
-
-
-def _extend_text(request: Request, completion: CompletionOutput, text: str) -> None:
-    may_stop = len(completion.token_ids) >= request.params.min_tokens
-    completion.text += request.stops.push(text) if may_stop else text
 
 
 _NO_DRAFT = Draft()

@@ -8,7 +8,7 @@ import numpy as np
 
 from mlcgen.errors import RequestError
 from mlcgen.runtime.grammar import Grammar, GrammarCompiler
-from mlcgen.runtime.outputs import CompletionOutput, RequestOutput
+from mlcgen.runtime.outputs import CompletionOutput, FinishReason, RequestOutput
 from mlcgen.runtime.sampler import Sampler, SamplingParams
 from mlcgen.runtime.scheduler import Sequence
 from mlcgen.runtime.step_cost import Acceptance
@@ -42,6 +42,7 @@ class Request(Sequence):
         self.completion = completion
         self.params = params
         self.stop_ids = stop_ids
+        self.eos_token_ids: frozenset[int] = frozenset()  # the model's own among all that there are
         self.max_tokens = max_tokens
         self.due = math.inf  # when nobody wants it any more, on the monotonic clock
         self.is_queued = False  # whether the scheduler has it
@@ -52,6 +53,37 @@ class Request(Sequence):
         self.decoder: IncrementalDecoder | None = None  # None: the text is wanted only at the end
         self.streams = False
         self.search: BeamSearch | None = None  # that it is a beam of
+
+    def append(self, token: int, logprobs: dict[int, float] | None) -> FinishReason | None:
+        """The next token; returns why it is the last one, if it is."""
+        completion = self.completion
+        if completion.logprobs is not None and logprobs is not None:
+            completion.logprobs.append(logprobs)
+        self.tokens.append(token)
+        completion.token_ids.append(token)
+        if token in self.stop_ids:
+            completion.stop_reason = None if token in self.eos_token_ids else token
+            return "stop"
+        if self.decoder is not None:
+            self._extend_text(self.decoder.push(token))
+        if self.stops.matched is not None:
+            completion.stop_reason = self.stops.matched
+            return "stop"
+        return "length" if self.num_wanted <= 0 else None
+
+    def _extend_text(self, text: str) -> None:
+        may_stop = len(self.completion.token_ids) >= self.params.min_tokens
+        self.completion.text += self.stops.push(text) if may_stop else text
+
+    def complete_text(self, completion: CompletionOutput, tokenizer: Tokenizer | None) -> None:
+        """Give out the text that was held back, or decode all of it if it was not decoded on the way."""
+        if self.decoder is not None:
+            if self.stops.matched is None:
+                completion.text += self.stops.push(self.decoder.flush()) + self.stops.flush()
+        elif tokenizer is not None:
+            stopped_by_token = completion.token_ids[-1:] and completion.token_ids[-1] in self.stop_ids
+            shown = completion.token_ids[:-1] if stopped_by_token else completion.token_ids
+            completion.text = tokenizer.decode(shown, self.params.skip_special_tokens)
 
     @property
     def num_wanted(self) -> int:
@@ -113,6 +145,7 @@ class Intake:
         request = Request(output, completion, params, stop_ids, max_tokens, rank, self._grammar(params))
         if params.logprobs is not None:
             completion.logprobs = []
+        request.eos_token_ids = self._eos_token_ids
         if self._tokenizer is not None and (stream or params.stop):
             request.decoder = IncrementalDecoder(self._tokenizer, params.skip_special_tokens)
         request.streams = stream

@@ -26,7 +26,7 @@ def test_an_engine_measures_prompts_and_decoding_apart() -> None:
     executor.before_step = lambda: time.sleep(0.02)
     engine = make_engine(executor=executor)
     run(engine, [(prompt_of(40, seed), greedy(3)) for seed in range(3)])
-    assert 0.02 / 64 < engine._rates.token_seconds < 2e-3
+    assert 0.02 / 64 < engine._mover.rates.token_seconds < 2e-3
     assert engine.stats().num_steps == executor.num_steps
 
 
