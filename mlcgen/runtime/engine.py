@@ -100,12 +100,18 @@ class Engine:
             host_pool=PagePool(self._mover.num_host_pages),
             prefers_saving=self._mover.prefers_saving,
         )
-        self._intake = Intake(tokenizer, executor.vocab_size, self.eos_token_ids, context_length)
+        if options.window is not None and options.window > context_length:
+            raise RequestError(
+                f"window={options.window} is beyond the artifact's context of {context_length}; lower it"
+            )
+        is_endless = options.window is not None
+        self._intake = Intake(tokenizer, executor.vocab_size, self.eos_token_ids, context_length, is_endless)
+        self._limit = options.window or context_length  # tokens of a sequence
         self._requests: dict[str, list[Request]] = {}  # samples that are unfinished
         self._deadlines: list[tuple[float, str]] = []  # a heap
         self._stats = EngineStats()
         drafter = drafter or _drafter(options)
-        self._speculation = Speculation(drafter, options.max_draft, options.branches)
+        self._speculation = Speculation(drafter, options.max_draft, options.branches, self._limit)
         if options.branches > 1 and drafter is not None and not executor.supports_trees:
             raise RequestError(f"branches={options.branches}: this artifact knows no trees; compile the model again")
         self._last_finish = 0.0  # of an iteration
@@ -217,6 +223,7 @@ class Engine:
         if before is not None:
             self._advance(before)
         else:
+            self._move_windows()
             self._speculation.draft(self.scheduler.running)
         begun = time.perf_counter()
         step = self.scheduler.schedule()
@@ -230,6 +237,17 @@ class Engine:
         with _concerning(batch):
             self._mover.move(step.transfers)
             return self._begin(batch, before) if batch else None
+
+    def _move_windows(self) -> None:
+        """Have those that fill their window go on with a part of it."""
+        if self.options.window is None:
+            return
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            if request.num_tokens >= self._limit and request.search is None:
+                sinks, last = self.options.sinks, self._limit // 2 - self.options.sinks
+                self._speculation.forget(request)
+                self.scheduler.restart_one(request)
+                request.move_window(request.tokens[:sinks] + request.tokens[-last:])
 
     def _begin(self, batch: list[Request], before: "_Started | None") -> "_Started":
         """Have the executor start the batch."""
@@ -252,6 +270,8 @@ class Engine:
 
     def _can_look_ahead(self, started: "_Started") -> bool:
         """Whether the next iteration needs nothing of this one but the tokens that it samples."""
+        if self.options.window is not None and any(r.num_tokens + 1 >= self._limit for r in started.batch):
+            return False
         if self.options.check_numerics:  # tokens that the host does not know yet are not in a step's input
             return False
         if (
@@ -267,7 +287,7 @@ class Engine:
         self.scheduler.advance(started.batch)
         for request in started.ready:
             request.num_tokens += 1
-            request.is_ending = request.num_tokens - len(request.output.prompt_token_ids) >= request.max_tokens
+            request.is_ending = request.num_tokens - request.num_before >= request.max_tokens
         started.is_advanced = True
 
     def _complete(self, started: "_Started") -> None:

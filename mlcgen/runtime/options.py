@@ -27,6 +27,11 @@ class EngineOptions:
     chunked_prefill: bool = True
     """Compute prompts in chunks beside the tokens of those that generate. False: prompts alone and first, as they come;
     those that generate wait for them."""
+    window: int | None = None
+    """Let texts grow without end: one with so many tokens goes on with its first `sinks` ones and the last half of the
+    window, computed anew. None: they end with the context."""
+    sinks: int = 4
+    """First tokens of a text that stay in the window; without them models lose their way (arXiv:2309.17453)."""
     speculation: Literal["off", "ngram", "lookahead", "model"] = "off"
     """Guess tokens and verify several in one step, which does not change what is generated. ngram: as they went on
     before in the same text. lookahead: as the model itself guessed on the way. model: as `draft_model` goes on."""
@@ -40,10 +45,21 @@ class EngineOptions:
     """Where the model gives NaN or infinite logits, run the step again kernel by kernel to name the first that did."""
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens_per_step", 1), ("swap_bytes", 0), ("max_draft", 1), ("branches", 1)):
+        for name, least in (
+            ("tokens_per_step", 1),
+            ("swap_bytes", 0),
+            ("max_draft", 1),
+            ("branches", 1),
+            ("window", 2),
+            ("sinks", 0),
+        ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise RequestError(f"{name}={value!r} is not valid; it must be an integer of at least {least}")
+        if self.window is not None and 2 * self.sinks >= self.window:
+            raise RequestError(
+                f"window={self.window} with sinks={self.sinks} leaves no room; raise one or lower the other"
+            )
         if self.speculation not in SPECULATIONS:
             raise RequestError(f"speculation={self.speculation!r} is not known; have: {', '.join(SPECULATIONS)}")
         if (self.speculation == "model") != (self.draft_model is not None):

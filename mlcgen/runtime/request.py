@@ -1,6 +1,7 @@
 """Requests as the engine knows them, and what is wrong with those that cannot be served."""
 
 import math
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ class Request(Sequence):
         self.stop_ids = stop_ids
         self.eos_token_ids: frozenset[int] = frozenset()  # the model's own among all that there are
         self.max_tokens = max_tokens
+        self.num_before = len(self.tokens)  # of `tokens`, all but the generated ones; fewer where a window has moved
         self.due = math.inf  # when nobody wants it any more, on the monotonic clock
         self.is_queued = False  # whether the scheduler has it
         self.siblings: list[Request] = []  # other samples, which begin when this one's prompt is in the cache
@@ -85,6 +87,12 @@ class Request(Sequence):
             shown = completion.token_ids[:-1] if stopped_by_token else completion.token_ids
             completion.text = tokenizer.decode(shown, self.params.skip_special_tokens)
 
+    def move_window(self, kept: list[int]) -> None:
+        """Go on from these tokens, the last ones of the text among them, as if there had been no others."""
+        self.tokens[:] = kept
+        self.num_tokens = len(kept)
+        self.num_before = len(kept) - len(self.completion.token_ids)
+
     @property
     def num_wanted(self) -> int:
         """Tokens that are still to be generated, at most."""
@@ -100,10 +108,17 @@ class Intake:
     """Makes requests for one model. Every method raises RequestError for what cannot be served."""
 
     def __init__(
-        self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: frozenset[int], context_length: int
+        self,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        context_length: int,
+        is_endless: bool = False,
     ) -> None:
+        """is_endless: texts may outgrow the context, prompts may not."""
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._eos_token_ids, self._context_length = eos_token_ids, context_length
+        self._is_endless = is_endless
         self._grammars: GrammarCompiler | None = None  # made when a request wants structure
 
     def token_ids(self, prompt: Prompt) -> list[int]:
@@ -126,7 +141,7 @@ class Intake:
         for completion in output.outputs:
             seed = None if params.seed is None else params.seed + completion.index
             its_params = params if not completion.index else replace(params, seed=seed)
-            samples.append(self._new_request(output, completion, its_params, stream, rank))
+            samples.append(self._new_request(output, completion, its_params, stream, rank, self._is_endless))
         samples[0].siblings = samples[1:]
         return samples
 
@@ -137,9 +152,17 @@ class Intake:
         return self._new_request(output, CompletionOutput(), own, stream=False, rank=rank)
 
     def _new_request(
-        self, output: RequestOutput, completion: CompletionOutput, params: SamplingParams, stream: bool, rank: float
+        self,
+        output: RequestOutput,
+        completion: CompletionOutput,
+        params: SamplingParams,
+        stream: bool,
+        rank: float,
+        is_endless: bool = False,
     ) -> Request:
         room = self._context_length - len(output.prompt_token_ids)
+        if is_endless:
+            room = sys.maxsize
         stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self._eos_token_ids)
         max_tokens = min(room, params.max_tokens or room)
         request = Request(output, completion, params, stop_ids, max_tokens, rank, self._grammar(params))

@@ -192,6 +192,12 @@ class Scheduler(Generic[S]):
         sequence.num_behind = max(sequence.num_uncomputed - 1, 0)
         sequence.draft = Draft()
 
+    def restart_one(self, sequence: S) -> None:
+        """Have a sequence wait for its turn with none of its tokens computed; they may then be changed."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self._drop_saved(sequence)
+        self._drop(sequence)
+
     def restart(self) -> None:
         """Have everything that runs computed anew: what is in the cache cannot be relied on."""
         for sequence in reversed(self.running):

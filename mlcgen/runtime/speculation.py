@@ -37,9 +37,10 @@ class Drafter(Protocol):
 class Speculation:
     """Drafts for the sequences of an engine: how long they should be, and how good they were."""
 
-    def __init__(self, drafter: Drafter | None, max_draft: int, branches: int) -> None:
+    def __init__(self, drafter: Drafter | None, max_draft: int, branches: int, limit: int) -> None:
+        """limit: tokens of a sequence."""
         self.drafter = drafter
-        self._max_draft, self._branches = max_draft, branches
+        self._max_draft, self._branches, self._limit = max_draft, branches, limit
         self._cost = StepCost()
 
     def draft(self, running: Iterable[Request]) -> None:
@@ -51,7 +52,8 @@ class Speculation:
         for request in decoding:
             request.draft = Draft()
             # The last token that is generated needs no keys and values, and is not guessed either.
-            most = min(spare, request.num_wanted - 1, MAX_TREE - 1 - request.num_behind)
+            room = min(request.num_wanted, self._limit - request.num_tokens) - 1
+            most = min(spare, room, MAX_TREE - 1 - request.num_behind)
             if request.sampler.grammar is not None:
                 request.draft = Draft.chain(request.sampler.grammar.forced()[: max(most, 0)])
                 spare -= len(request.draft)

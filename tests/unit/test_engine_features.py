@@ -251,6 +251,31 @@ def test_a_deadline_ends_a_request() -> None:
 
 
 @pytest.mark.usefixtures("cheap_guesses")
+@pytest.mark.parametrize("speculation", ["off", "ngram", "model"])
+@pytest.mark.parametrize(("window", "sinks"), [(24, 4), (9, 0), (50, 3)])
+def test_a_text_without_end(speculation: str, window: int, sinks: int) -> None:
+    """Each token is what the model says to what is left of the text."""
+    requests = [(prompt_of(5), greedy(70)), (prompt_of(40, seed=1), greedy(70)), (prompt_of(9, seed=2), greedy(250))]
+    options = {"speculation": speculation, "branches": 1, "window": window, "sinks": sinks}
+    engine = drafting_engine(options, page_size=4, num_pages=40)
+    outputs = run(engine, requests)
+    for output, (prompt, params) in zip(outputs[:2], requests[:2], strict=True):
+        assert output.token_ids == walked(prompt, params.max_tokens or 0, window, sinks)
+    assert len(outputs[2].token_ids) == 250  # more than the context
+
+
+def walked(prompt: list[int], count: int, window: int, sinks: int) -> list[int]:
+    seen, said = list(prompt), []
+    while len(said) < count:
+        if len(seen) >= window:
+            seen = seen[:sinks] + seen[-(window // 2 - sinks) :]
+        tokens = run_alone([(seen, greedy(min(window - len(seen), count - len(said))))])[0]
+        seen += tokens
+        said += tokens
+    return said
+
+
+@pytest.mark.usefixtures("cheap_guesses")
 @pytest.mark.parametrize("speculation", ["ngram", "lookahead", "model"])
 def test_a_tree_is_right_more_often_than_a_chain(speculation: str) -> None:
     requests = [(prompt_of(7, seed), greedy(60)) for seed in range(4)]
@@ -355,6 +380,7 @@ def test_wrong_drafts_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"speculation": "model"}, "speculation='model' with draft_model='None'"),
         ({"speculation": "ngram", "draft_model": Path("a")}, "speculation='ngram' with draft_model='a'"),
         ({"branches": 0}, "branches=0 is not valid"),
+        ({"window": 8, "sinks": 4}, "window=8 with sinks=4 leaves no room"),
     ],
 )
 def test_options_that_are_not_valid(fields: dict[str, object], message: str) -> None:
