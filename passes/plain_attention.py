@@ -14,12 +14,15 @@ def plain_attention(mod: IRModule) -> IRModule:
     """softmax(q k^T / sqrt(d) + causal mask) v for every `mlcgen.attention`, O(n^2) memory."""
 
     def rule(rewriter: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
-        return _attend(rewriter, *value.args[1:4]) if is_marked(value, ATTENTION) else None
+        if not is_marked(value, ATTENTION):
+            return None
+        q, k, v = value.args[1:4]
+        return _attend(rewriter, q, k, v, int(value.args[6].value))
 
     return rewrite(write_out_rope(mod), rule)
 
 
-def _attend(rewriter: Rewriter, q: relax.Expr, k: relax.Expr, v: relax.Expr) -> relax.Expr:
+def _attend(rewriter: Rewriter, q: relax.Expr, k: relax.Expr, v: relax.Expr, window: int) -> relax.Expr:
     emit, op = rewriter.emit, relax.op
     n, heads, head_dim = q.ty.shape
     groups = int(heads) // int(k.ty.shape[1])
@@ -28,6 +31,8 @@ def _attend(rewriter: Rewriter, q: relax.Expr, k: relax.Expr, v: relax.Expr) -> 
     scores = emit(op.matmul(q, emit(op.permute_dims(k, [0, 2, 1]))))  # (heads, n, n)
     scores = emit(op.multiply(scores, relax.const(int(head_dim) ** -0.5, "float32")))
     allowed = emit(op.tril(emit(op.ones((n, n), "float32"))))
+    if window:
+        allowed = emit(op.triu(allowed, 1 - window))
     masked = emit(op.multiply(emit(op.subtract(allowed, relax.const(1.0, "float32"))), relax.const(1e30, "float32")))
     weights = emit(op.nn.softmax(emit(op.add(scores, masked)), axis=-1))
     return op.permute_dims(emit(op.matmul(weights, v)), [1, 0, 2])

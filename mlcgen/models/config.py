@@ -47,6 +47,7 @@ class DecoderConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    window: int = 0  # last tokens that a token sees, itself included; 0: all
 
     @property
     def q_size(self) -> int:
@@ -93,6 +94,12 @@ class Fields:
                     )
             elif name not in known and value:
                 raise UnsupportedError(f"config field {name!r} = {value!r} is not supported by {self.hf['model_type']}")
+
+
+def parse_window(hf: Mapping[str, Any], default: int) -> int:
+    """`sliding_window`; 0 where it is null, which means all tokens."""
+    is_null = "sliding_window" in hf and hf["sliding_window"] is None
+    return 0 if is_null else Fields(hf).size("sliding_window", default)
 
 
 def parse_decoder(hf: Mapping[str, Any], also_read: Iterable[str] = (), **architecture: Any) -> DecoderConfig:

@@ -17,9 +17,12 @@ ATTENTION = "mlcgen.attention"  # (q, k, v, layer, mask, window): q (n, heads, d
 ROPE = "mlcgen.rope"  # (x, cos, sin): x (n, heads, d), cos and sin (n, d/2)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v with a causal mask; kv heads are shared by heads/kv_heads query heads."""
-    args = [q._expr, k._expr, v._expr, relax.prim_value(layer), StringImm("causal"), relax.prim_value(0)]
+def attention(q: Tensor, k: Tensor, v: Tensor, layer: int, window: int) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v with a causal mask; kv heads are shared by heads/kv_heads query heads.
+
+    window: last tokens that a token sees, itself included; 0: all before it.
+    """
+    args = [q._expr, k._expr, v._expr, relax.prim_value(layer), StringImm("causal"), relax.prim_value(window)]
     return op.wrap_nested(relax.call_pure_packed(ATTENTION, *args, ty_args=q._expr.ty), "attention")
 
 
@@ -41,7 +44,7 @@ def rope_table(positions: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
 
 class Attention(nn.Module):  # type: ignore[misc]
     def __init__(self, config: DecoderConfig, layer: int) -> None:
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.head_dim, self.window = layer, config.head_dim, config.window
         self.q_proj = nn.Linear(config.hidden_size, config.q_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, config.kv_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, config.kv_size, bias=config.qkv_bias)
@@ -53,7 +56,7 @@ class Attention(nn.Module):  # type: ignore[misc]
             op.reshape(projection(x), (n, projection.out_features // self.head_dim, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, self.layer)  # (n, heads, head_dim)
+        out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, self.layer, self.window)  # (n, heads, head_dim)
         return self.o_proj(op.reshape(out, (n, self.o_proj.in_features)))
 
 

@@ -79,8 +79,10 @@ class Engine:
         max_batch: int,
         options: EngineOptions | None = None,
         drafter: Drafter | None = None,
+        model_window: int = 0,
     ) -> None:
-        """drafter: who guesses tokens; None: nobody, or who `options` names."""
+        """drafter: who guesses tokens; None: nobody, or who `options` names. model_window: last tokens that the model
+        sees from a token; 0: all."""
         self.executor = executor
         self.options = options = options or EngineOptions()
         self._host_sampling = HostSampling(executor)
@@ -97,6 +99,7 @@ class Engine:
             min(options.tokens_per_step or executor.max_tokens_per_step, executor.max_tokens_per_step),
             prefix_cache=options.prefix_cache,
             chunked_prefill=options.chunked_prefill,
+            window=model_window,
             host_pool=PagePool(self._mover.num_host_pages),
             prefers_saving=self._mover.prefers_saving,
         )

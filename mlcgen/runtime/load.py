@@ -26,6 +26,7 @@ class LoadedModel:
     context_length: int
     max_batch: int
     target: str
+    window: int  # last tokens that the model sees from a token; 0: all
 
 
 def load_executor(
@@ -62,9 +63,9 @@ def load_executor(
         executor = VmExecutor(library, manifest, weights, pages, limit, num_threads)
     config = artifact.read_tokenizer_config(path)
     eos = [int(token) for token in manifest["model"].get("eos_token_ids", [])]
-    return LoadedModel(
-        executor, artifact.tokenizer_path(path), config, eos, manifest["context_length"], batch, entry["name"]
-    )
+    window = int(manifest["model"].get("window", 0))
+    tokenizer, context = artifact.tokenizer_path(path), int(manifest["context_length"])
+    return LoadedModel(executor, tokenizer, config, eos, context, batch, entry["name"], window)
 
 
 def _batch(manifest: Mapping[str, Any], wanted: int | None) -> int:

@@ -8,6 +8,7 @@ from mlcgen.errors import RequestError
 
 __all__ = ["SPECULATIONS", "EngineOptions"]
 
+_LEAST = {"tokens_per_step": 1, "swap_bytes": 0, "max_draft": 1, "branches": 1, "window": 2, "sinks": 0}
 SPECULATIONS = ("off", "ngram", "lookahead", "model")
 
 
@@ -45,18 +46,11 @@ class EngineOptions:
     """Where the model gives NaN or infinite logits, run the step again kernel by kernel to name the first that did."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("tokens_per_step", 1),
-            ("swap_bytes", 0),
-            ("max_draft", 1),
-            ("branches", 1),
-            ("window", 2),
-            ("sinks", 0),
-        ):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise RequestError(f"{name}={value!r} is not valid; it must be an integer of at least {least}")
-        if self.window is not None and 2 * self.sinks >= self.window:
+        if self.window is not None and self.window // 2 <= self.sinks:
             raise RequestError(
                 f"window={self.window} with sinks={self.sinks} leaves no room; raise one or lower the other"
             )

@@ -1,8 +1,8 @@
 """Pages that sequences with the same beginning share: a tree of full pages, by the tokens in them (as in vLLM).
 
 A page is a node, and its children are the pages that came after it in some sequence. Whoever holds a page holds those
-before it, and pages are freed from a sequence's end, so a node is always reused before its parent: what is found in the
-tree is whole.
+before it, but for pages behind a model's window, and pages are freed from a sequence's end, so a node is mostly reused
+before its parent. Where it is not, its children are forgotten with it: what is found in the tree is whole.
 """
 
 from array import array
@@ -23,6 +23,7 @@ class PrefixCache:
         self._pool, self._page_size = pool, page_size
         self._pages: dict[_Key, int] = {}
         self._keys: dict[int, _Key] = {}  # by page
+        self._children: dict[int, set[int]] = {}  # of pages that have some
         pool.on_reuse = self._forget
 
     def __len__(self) -> int:
@@ -53,6 +54,7 @@ class PrefixCache:
             return found
         self._pages[key] = page
         self._keys[page] = key
+        self._children.setdefault(parent, set()).add(page)
         self._pool.keep(page)
         return page
 
@@ -62,9 +64,20 @@ class PrefixCache:
             self._pool.drop(page)
         self._pages.clear()
         self._keys.clear()
+        self._children.clear()
 
     def _forget(self, page: int) -> None:
-        del self._pages[self._keys.pop(page)]
+        """A page's contents go, and with them what those of its children mean."""
+        siblings = self._children[self._keys[page][0]]
+        siblings.remove(page)
+        if not siblings:
+            del self._children[self._keys[page][0]]
+        lost = [page]
+        for each in lost:
+            del self._pages[self._keys.pop(each)]
+            lost += self._children.pop(each, ())
+        for child in lost[1:]:
+            self._pool.drop(child)
 
 
 def _packed(tokens: SequenceOf[int]) -> bytes:

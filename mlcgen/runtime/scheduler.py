@@ -35,7 +35,9 @@ class Sequence:
         self.is_ending = False  # the token that is being sampled is its last
         self.table = BlockTable()
         self.num_shareable = 0  # pages at the table's front that the prefix cache knows
-        self.saved: list[int] = []  # pages of the host that hold its first `num_saved` tokens while it waits
+        self.num_dropped = 0  # pages at the table's front that it has no more, as they are behind the model's window
+        self.saved: list[int] = []  # pages of the host that hold its first `num_saved` tokens while it waits,
+        self.saved_from = 0  # but for so many pages that were dropped
         self.num_saved = 0
         self.order = (rank, 0)
 
@@ -81,6 +83,7 @@ class Scheduler(Generic[S]):
     Ranks never change, and preemption takes the last of `running`. The first sequence of all therefore always makes
     progress, and no sequence starves as long as only so many can come before it.
 
+    window: last tokens that the model sees from a token, itself included; 0: all. Pages behind it are freed.
     prefers_saving(sequence): whether to save a preempted sequence's pages on the host rather than compute them anew.
     """
 
@@ -93,6 +96,7 @@ class Scheduler(Generic[S]):
         *,
         prefix_cache: bool = True,
         chunked_prefill: bool = True,
+        window: int = 0,
         host_pool: PagePool | None = None,
         prefers_saving: Callable[[S], bool] = lambda sequence: True,
     ) -> None:
@@ -101,6 +105,7 @@ class Scheduler(Generic[S]):
         self.max_batch = max_batch
         self.max_tokens_per_step = max_tokens_per_step
         self.chunked_prefill = chunked_prefill
+        self.window = window
         self.cache = PrefixCache(pool, page_size) if prefix_cache else None
         self.host_pool = host_pool or PagePool(0)
         self.waiting: list[S] = []  # both in order
@@ -130,11 +135,13 @@ class Scheduler(Generic[S]):
         self.add(sequence)
         shared = sequence.num_tokens - 1
         if 0 < shared <= parent.num_computed and len(self.running) < self.max_batch:
-            pages = parent.table.pages[: self._pages_for(shared)].tolist()
-            needed = self._pages_for(sequence.num_tokens) - len(pages)
+            dropped, held = parent.num_dropped, self._pages_for(shared)
+            pages = parent.table.pages[dropped:held].tolist()
+            needed = self._pages_for(sequence.num_tokens) - held
             if needed <= self.pool.num_free:
                 self.pool.share(pages)
-                sequence.table.extend(pages + self.pool.allocate(needed))
+                sequence.table.extend([0] * dropped + pages + self.pool.allocate(needed))
+                sequence.num_dropped = dropped
                 sequence.num_computed = shared
                 self._count(sequence)
                 sequence.num_shareable = min(parent.num_shareable, shared // self.page_size)
@@ -181,6 +188,7 @@ class Scheduler(Generic[S]):
         for sequence in batch:
             sequence.num_computed += sequence.num_scheduled - len(sequence.draft)
             self._share(sequence)
+            self._drop_behind(sequence)
 
     def accept(self, sequence: S, num_tokens: int) -> None:
         """Record that so many of a draft's tokens are in the cache, as they were right and the first ones.
@@ -269,7 +277,7 @@ class Scheduler(Generic[S]):
     def _start_first(self, step: Scheduled[S]) -> bool:
         """Have the first that waits run, if there is room, or fail, if there never will be: it grew since it came."""
         sequence = self.waiting[0]
-        if self._pages_for(sequence.num_tokens) > self.pool.num_pages:
+        if self._pages_for(sequence.num_tokens) - sequence.saved_from > self.pool.num_pages:
             self.remove(sequence)
             step.outgrown.append(sequence)
             return True
@@ -290,6 +298,8 @@ class Scheduler(Generic[S]):
 
     def _take_pages(self, sequence: S, step: Scheduled[S]) -> bool:
         """Give a waiting sequence the pages of all its tokens: those that are there already, and others."""
+        if sequence.saved_from:
+            return self._take_saved(sequence, step)
         known = sequence.tokens[: sequence.num_tokens]
         shared = self.cache.find(known, sequence.cache_root) if self.cache is not None else []
         self.pool.share(shared)
@@ -315,24 +325,35 @@ class Scheduler(Generic[S]):
             self.num_prompt_tokens += sequence.num_tokens
             self.num_cached_tokens += sequence.num_computed
 
+    def _take_saved(self, sequence: S, step: Scheduled[S]) -> bool:
+        """Likewise, where what is before the saved pages is behind the model's window."""
+        needed = self._pages_for(sequence.num_tokens) - sequence.saved_from
+        if not self._reclaim(needed):
+            return False
+        sequence.num_dropped = sequence.saved_from
+        sequence.table.extend([0] * sequence.num_dropped + self.pool.allocate(needed))
+        self._load_saved(sequence, step)
+        return True
+
     def _load_saved(self, sequence: S, step: Scheduled[S]) -> None:
         """Bring back what was saved and is not in the cache."""
-        first = sequence.num_computed // self.page_size
         if sequence.num_saved > sequence.num_computed:
-            for block in range(first, len(sequence.saved)):
-                step.transfers.append(Transfer("load", sequence.saved[block], sequence.table[block]))
+            first = max(sequence.num_computed // self.page_size, sequence.saved_from)
+            for block, saved in enumerate(sequence.saved, sequence.saved_from):
+                if block >= first:
+                    step.transfers.append(Transfer("load", saved, sequence.table[block]))
             sequence.num_computed = sequence.num_saved
         self._drop_saved(sequence)
 
     def _drop_saved(self, sequence: S) -> None:
         self.host_pool.free(sequence.saved)
-        sequence.saved, sequence.num_saved = [], 0
+        sequence.saved, sequence.num_saved, sequence.saved_from = [], 0, 0
 
     def _reserve_next(self, sequence: S, step: Scheduled[S]) -> bool:
         """Have a page for a decode's token; if none is free, those who came last give theirs back."""
         if self._has_next(sequence):
             return True
-        if self._pages_for(sequence.num_tokens) > self.pool.num_pages:
+        if self._pages_for(sequence.num_tokens) - sequence.num_dropped > self.pool.num_pages:
             self.remove(sequence)
             step.outgrown.append(sequence)
             return False
@@ -376,7 +397,7 @@ class Scheduler(Generic[S]):
 
     def _share(self, sequence: S) -> None:
         """Put pages that have become full into the prefix cache."""
-        if self.cache is None:
+        if self.cache is None or sequence.num_dropped:  # who finds a page in the tree needs those before it
             return
         size, table = self.page_size, sequence.table
         num_full = min(sequence.num_computed, len(sequence.tokens)) // size
@@ -389,12 +410,23 @@ class Scheduler(Generic[S]):
                 table[block] = page
         sequence.num_shareable = max(sequence.num_shareable, num_full)
 
+    def _drop_behind(self, sequence: S) -> None:
+        """Free pages that no token to come will see."""
+        if self.window:
+            first_seen = max(sequence.num_computed - self.window + 1, 0)
+            behind = range(sequence.num_dropped, first_seen // self.page_size)
+            self.pool.free([sequence.table[block] for block in behind])
+            for block in behind:
+                sequence.table[block] = 0
+            sequence.num_dropped += len(behind)
+
     def _preempt_last(self, step: Scheduled[S]) -> S:
         """Drop the last one's pages: save them on the host, or have them computed anew when there is room."""
         victim = self.running.pop()
-        pages = victim.table.pages[: self._pages_for(victim.num_computed)].tolist()
+        pages = victim.table.pages[victim.num_dropped : self._pages_for(victim.num_computed)].tolist()
         if pages and len(pages) <= self.host_pool.num_free and self._prefers_saving(victim):
             victim.saved, victim.num_saved = self.host_pool.allocate(len(pages)), victim.num_computed
+            victim.saved_from = victim.num_dropped
             step.transfers += [Transfer("save", page, to) for page, to in zip(pages, victim.saved, strict=True)]
         self._drop(victim)
         return victim
@@ -414,6 +446,6 @@ class Scheduler(Generic[S]):
         self._insert(self.waiting, sequence)
 
     def _free(self, sequence: S) -> None:
-        self.pool.free(sequence.table.clear())
-        sequence.num_computed = sequence.num_shareable = sequence.num_behind = 0
+        self.pool.free(sequence.table.clear()[sequence.num_dropped :])
+        sequence.num_computed = sequence.num_shareable = sequence.num_behind = sequence.num_dropped = 0
         sequence.draft = Draft()

@@ -59,6 +59,7 @@ def artifact(stub: Callable[..., None], tmp_path: Path, monkeypatch: pytest.Monk
         eos_token_ids=[10],
         context_length=32,
         max_batch=4,
+        window=0,
     )
     stub("mlcgen.runtime.load", load_executor=lambda path, **options: loaded)
     monkeypatch.setattr("mlcgen.cli_output.chosen_target", lambda path: None)

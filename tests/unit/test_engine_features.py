@@ -250,6 +250,17 @@ def test_a_deadline_ends_a_request() -> None:
     assert engine.pool.num_free == engine.pool.num_pages
 
 
+@pytest.mark.parametrize("swap_bytes", [0, 1 << 20])
+@pytest.mark.parametrize(("page_size", "window"), [(1, 8), (4, 8), (4, 30), (16, 9)])
+def test_pages_behind_a_models_window_are_free(page_size: int, window: int, swap_bytes: int) -> None:
+    requests = [(prompt_of(25), greedy(60)), (prompt_of(25), greedy(90)), (prompt_of(3), greedy(150))]
+    expected = [run(make_engine(executor=NumpyExecutor(window=window)), [each])[0].token_ids for each in requests]
+    engine = make_engine(window=window, page_size=page_size, num_pages=-(-80 // page_size), max_batch=3)
+    assert engine.scheduler.window == window
+    assert [output.token_ids for output in run(engine, requests)] == expected
+    assert expected[0] != run_alone(requests[:1])[0]  # the window makes a difference
+
+
 @pytest.mark.usefixtures("cheap_guesses")
 @pytest.mark.parametrize("speculation", ["off", "ngram", "model"])
 @pytest.mark.parametrize(("window", "sinks"), [(24, 4), (9, 0), (50, 3)])

@@ -26,6 +26,7 @@ SIZES = {
 }
 LLAMA = {"model_type": "llama", **SIZES}
 QWEN2 = {"model_type": "qwen2", **SIZES}
+MISTRAL = {"model_type": "mistral", **SIZES}
 ROPES = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -102,6 +103,15 @@ def test_sizes_and_defaults():
     assert parse_config(without).num_kv_heads == 4
 
 
+def test_windows():
+    assert parse_config(LLAMA).window == 0
+    assert parse_config({**MISTRAL, "sliding_window": 8}).window == 8
+    assert parse_config({**MISTRAL, "sliding_window": None}).window == 0
+    assert parse_config(MISTRAL).window == transformers.MistralConfig().sliding_window
+    with pytest.raises(CheckpointError, match="sliding_window"):
+        parse_config({**MISTRAL, "sliding_window": "8"})
+
+
 def test_biases():
     config = parse_config({**LLAMA, "attention_bias": True})
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, True, False)
@@ -112,7 +122,7 @@ def test_biases():
 
 def test_unknown_architecture_names_the_known_ones():
     for model_type in ("foo", None, "layers"):
-        with pytest.raises(UnsupportedError, match="have: llama, qwen2"):
+        with pytest.raises(UnsupportedError, match="have: llama, mistral, qwen2"):
             parse_config({**LLAMA, "model_type": model_type})
     assert architectures() == sorted(architectures())
 
@@ -125,6 +135,7 @@ def test_unknown_architecture_names_the_known_ones():
         ("rope_interleaved", True, LLAMA),
         ("partial_rotary_factor", 0.5, LLAMA),
         ("sliding_window", 4096, LLAMA),
+        ("attention_bias", True, MISTRAL),
         ("logits_scaling", 8.0, LLAMA),
         ("use_sliding_window", True, QWEN2),
         ("layer_types", ["full_attention", "sliding_attention"], QWEN2),
@@ -177,6 +188,7 @@ MODELS = {
         },
     ),
     "qwen2, untied, yarn rope": ("Qwen2", {"rope": "yarn", "tie_word_embeddings": False}),
+    "mistral, window": ("Mistral", {"sliding_window": 7}),
 }
 
 

@@ -63,7 +63,8 @@ class Memory:
                 assert not self.scheduler.pool.is_shared(page), "a write into a page that others need"
                 self.device.setdefault(page, [None] * self.size)[at % self.size] = seen_at(job, at)
         for job in batch:
-            for at in range(job.num_computed + job.num_scheduled):
+            window = self.scheduler.window or job.num_computed + job.num_scheduled
+            for at in range(max(job.num_computed - window + 1, 0), job.num_computed + job.num_scheduled):
                 assert self.device[job.table[at // self.size]][at % self.size] == seen_at(job, at)
 
 
@@ -126,7 +127,8 @@ def check_batch(scheduler: Scheduler[Job], batch: list[Job]) -> None:
 
 
 def check_pages(scheduler: Scheduler[Job]) -> None:
-    held = [page for job in scheduler.running + scheduler.paused for page in job.table.pages.tolist()]
+    tables = [job.table.pages[job.num_dropped :] for job in scheduler.running + scheduler.paused]
+    held = [page for table in tables for page in table.tolist()]
     for page in range(scheduler.pool.num_pages):
         assert scheduler.pool.num_references(page) == held.count(page)
     assert scheduler.pool.num_free == scheduler.pool.num_pages - len(set(held))
@@ -169,11 +171,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 64),
         host_pages=st.sampled_from([0, 3, 100]),
         options=st.fixed_dictionaries(
-            {"prefix_cache": st.booleans(), "chunked_prefill": st.sampled_from([True, True, False])}
+            {
+                "prefix_cache": st.booleans(),
+                "chunked_prefill": st.sampled_from([True, True, False]),
+                "window": st.sampled_from([0, 0, 1, 5, 16]),
+            }
         ),
     )
     def create(
-        self, num_pages: int, page_size: int, max_batch: int, max_tokens: int, host_pages: int, options: dict[str, bool]
+        self, num_pages: int, page_size: int, max_batch: int, max_tokens: int, host_pages: int, options: dict[str, int]
     ) -> None:
         page_size = min(page_size, max(1, 400 // num_pages)) if num_pages > 4 else page_size
         host_pool = PagePool(host_pages)

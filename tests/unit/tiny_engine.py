@@ -27,7 +27,10 @@ class NumpyExecutor:
     vocab_size = VOCAB
     supports_trees = True
 
-    def __init__(self, num_pages: int = 64, page_size: int = 4, max_tokens_per_step: int = 64) -> None:
+    def __init__(
+        self, num_pages: int = 64, page_size: int = 4, max_tokens_per_step: int = 64, window: int = CONTEXT
+    ) -> None:
+        self.window = window
         self.num_pages, self.page_size, self.max_tokens_per_step = num_pages, page_size, max_tokens_per_step
         random = np.random.default_rng(0)
         self.embedding = random.standard_normal((VOCAB, WIDTH))
@@ -91,10 +94,11 @@ class NumpyExecutor:
     def visible(self, batch: StepInput, s: int, row: int) -> list[int]:
         """Cells that a token attends to."""
         mask = 0 if batch.tree_masks is None else int(batch.tree_masks[row]) & 0xFFFFFFFF
+        first = max(int(batch.positions[row]) + 1 - self.window, 0)
         if not mask:
-            return list(range(batch.positions[row] + 1))
+            return list(range(first, batch.positions[row] + 1))
         cached = int(batch.seq_lens[s]) - int(batch.query_start[s + 1] - batch.query_start[s])
-        return [*range(cached), *(cached + bit for bit in range(32) if mask >> bit & 1)]
+        return [*range(first, cached), *(cached + bit for bit in range(32) if mask >> bit & 1)]
 
     def check(self, batch: StepInput) -> None:
         num_tokens, num_seqs = len(batch.input_ids), len(batch.seq_lens)
@@ -141,9 +145,11 @@ def make_engine(
     executor: Any = None,
     options: EngineOptions | None = None,
     drafter: Drafter | None = None,
+    window: int = 0,
     **sizes: int,
 ) -> Engine:
-    return Engine(executor or NumpyExecutor(**sizes), tokenizer, [0], CONTEXT, max_batch, options, drafter)
+    executor = executor or NumpyExecutor(**sizes, **({"window": window} if window else {}))
+    return Engine(executor, tokenizer, [0], CONTEXT, max_batch, options, drafter, window)
 
 
 def run(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> list[RequestOutput]:
