@@ -116,6 +116,7 @@ Speculation = Annotated[
 ]
 DraftModel = Annotated[Path | None, typer.Option(help="Artifact of a smaller model that guesses.")]
 Branches = Annotated[int, typer.Option(min=1, help="Guesses at one place.")]
+Trust = Annotated[float | None, typer.Option(help="Take the draft model's word where it is so sure: 0 to 1.")]
 CheckNumerics = Annotated[bool, typer.Option("--check-numerics", help="Name the kernel where numbers are not finite.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 
@@ -130,6 +131,7 @@ def compile(
     max_batch: MaxBatch = 64,
     kv_dtype: KvDtype = "auto",
     page_size: Annotated[int, typer.Option(min=1, max=256, help="Tokens per page of the KV cache.")] = 16,
+    layers: Annotated[int | None, typer.Option(min=1, help="Only the first ones, for a draft model.")] = None,
     dump_ir: Annotated[Path | None, typer.Option(help="Write the module after each pass here.")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="From config alone.")] = False,
     as_json: Json = False,
@@ -147,6 +149,7 @@ def compile(
             max_batch=max_batch,
             kv_dtype=kv_dtype,
             page_size=page_size,
+            layers=layers,
             dump_ir=dump_ir,
             random_weights=random_weights,
             progress=progress.update,
@@ -189,6 +192,7 @@ def run(
     speculation: Speculation = None,
     draft_model: DraftModel = None,
     branches: Branches = 1,
+    trust: Trust = None,
     check_numerics: CheckNumerics = False,
     as_json: Json = False,
 ) -> None:
@@ -209,7 +213,7 @@ def run(
         logprobs=logprobs,
     )
     with output.waiting("loading"):
-        options = _engine_options(speculation, draft_model, branches, check_numerics)
+        options = _engine_options(speculation, draft_model, branches, trust, check_numerics)
         llm = LLM(artifact, target, num_pages, max_batch, threads, gpu_memory_utilization, options)
     if target == "auto":
         output.chosen_target(artifact)
@@ -223,12 +227,14 @@ def run(
 
 
 def _engine_options(
-    speculation: str | None, draft_model: Path | None, branches: int, check_numerics: bool
+    speculation: str | None, draft_model: Path | None, branches: int, trust: float | None, check_numerics: bool
 ) -> "EngineOptions":
     from mlcgen.runtime.options import EngineOptions
 
     kind: Any = speculation or ("model" if draft_model else "off")
-    return EngineOptions(speculation=kind, draft_model=draft_model, branches=branches, check_numerics=check_numerics)
+    return EngineOptions(
+        speculation=kind, draft_model=draft_model, branches=branches, trust=trust, check_numerics=check_numerics
+    )
 
 
 @verb
@@ -248,6 +254,7 @@ def chat(
     speculation: Speculation = None,
     draft_model: DraftModel = None,
     branches: Branches = 1,
+    trust: Trust = None,
     check_numerics: CheckNumerics = False,
 ) -> None:
     """Talk with a model. /reset forgets, /exit or end of input leaves, Ctrl-C stops an answer."""
@@ -258,7 +265,7 @@ def chat(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=max_tokens
     )
     with output.waiting("loading"):
-        options = _engine_options(speculation, draft_model, branches, check_numerics)
+        options = _engine_options(speculation, draft_model, branches, trust, check_numerics)
         llm = LLM(artifact, target, num_pages, 1, threads, gpu_memory_utilization, options)
     _converse(llm, params, [{"role": "system", "content": system}] if system else [])
 

@@ -32,6 +32,7 @@ def compile(
     max_batch: int = 64,
     kv_dtype: str = "auto",
     page_size: int = 16,
+    layers: int | None = None,
     dump_ir: str | Path | None = None,
     random_weights: bool = False,
     progress: Progress | None = None,
@@ -41,17 +42,17 @@ def compile(
 
     targets: such as "cpu", "cpu:x86-64-v3". quantization: f32, f16, bf16, q8, q4 or gguf; q8a8, q4a8 and ggufa8 round
     activations to 8 bits too. context_length: tokens of the longest sequence, at most and by default the model's.
-    max_batch: sequences in one step. kv_dtype: float32,
-    float16, bfloat16 or auto (float32 for f32, else float16). page_size: tokens per KV page, 1 to 256. dump_ir: a
-    directory for the module after each pass. random_weights: needs the config alone. progress: called with
-    (stage, done, total); log: with a line per pass. Returns the artifact's path.
+    max_batch: sequences in one step. kv_dtype: float32, float16, bfloat16 or auto (float32 for f32, else float16).
+    page_size: tokens per KV page, 1 to 256. layers: keep the first ones only, for a model that guesses what the whole
+    one will say. dump_ir: a directory for the module after each pass. random_weights: needs the config alone.
+    progress: called with (stage, done, total); log: with a line per pass. Returns the artifact's path.
 
     Raises CheckpointError, UnsupportedError, TargetError or CompileError; nothing is left behind then.
     """
     progress = progress or (lambda stage, done, total: None)
     resolved = [resolve(name) for name in dict.fromkeys(targets)]
     progress("reading", 0, 1)
-    checkpoint = open_checkpoint(model, weights=not random_weights)
+    checkpoint = _first_layers(open_checkpoint(model, weights=not random_weights), layers)
     config = parse_config(checkpoint.config)
     limits = _limits(config, context_length, max_batch, min(t.max_tokens_per_step for t in resolved))
     layout = _kv_layout(config, quantization, kv_dtype, page_size)
@@ -66,6 +67,16 @@ def compile(
             raise CompileError(f"no space left on the disk of {path.parent}; nothing was written") from error
         raise
     return path
+
+
+def _first_layers(checkpoint: Checkpoint, layers: int | None) -> Checkpoint:
+    if layers is None:
+        return checkpoint
+    there = parse_config(checkpoint.config).num_layers
+    if not 1 <= layers <= there:
+        raise UnsupportedError(f"--layers {layers} is not between 1 and the model's {there}")
+    config = {**checkpoint.config, "num_hidden_layers": layers}
+    return dataclasses.replace(checkpoint, name=f"{checkpoint.name}-{layers}-layers", config=config)
 
 
 def _build(

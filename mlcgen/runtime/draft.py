@@ -20,6 +20,8 @@ class Draft:
     parents: list[int] = field(default_factory=list)
     proposals: list[Distribution] = field(default_factory=list)
     """Of a chain that was drawn at random: what each token was drawn from."""
+    is_trusted: bool = False
+    """Whether a chain's tokens are taken whatever the model says."""
 
     @classmethod
     def chain(cls, tokens: Sequence[int], proposals: Sequence[Distribution] = ()) -> "Draft":
@@ -65,6 +67,10 @@ class Draft:
             if self.parents[index] == node and self.tokens[index] == token:
                 return index
         return None
+
+    def chosen(self, node: int, token: int) -> int:
+        """What comes after `node`, where the model chose `token`."""
+        return self.tokens[node + 1] if self.is_trusted and node + 1 < len(self.tokens) else token
 
     def proposal(self, node: int) -> tuple[int, Distribution] | None:
         """Of a chain that was drawn: the token after `node`, and what it was drawn from."""

@@ -36,6 +36,7 @@ def load_drafter(
     target: str = "auto",
     num_threads: int | None = None,
     branches: int = 1,
+    trust: float | None = None,
 ) -> "ModelDrafter":
     """The artifact at `path` as a draft model of `large`. Raises ArtifactError if their tokens are not the same, and as
     load_executor does."""
@@ -52,7 +53,7 @@ def load_drafter(
     files = model.tokenizer_path, large.tokenizer_path
     if files[0] and files[1] and files[0].read_bytes() != files[1].read_bytes():
         raise ArtifactError(f"draft model {path} has another tokenizer than the large one; choose one of its family")
-    return ModelDrafter(model.executor, model.context_length, branches)
+    return ModelDrafter(model.executor, model.context_length, branches, trust)
 
 
 class _Shadow(Sequence):
@@ -84,8 +85,10 @@ class ModelDrafter:
     as the two models agree; one with a seed gets the likeliest ones, which leaves its random numbers alone.
     """
 
-    def __init__(self, executor: Executor, context_length: int, branches: int = 1) -> None:
+    def __init__(self, executor: Executor, context_length: int, branches: int = 1, trust: float | None = None) -> None:
+        """trust: as in EngineOptions."""
         self.token_seconds = 0.0
+        self._trust = trust
         self._executor, self._context_length, self._branches = executor, context_length, branches
         self._pool = PagePool(executor.num_pages)
         self._shadows: dict[Request, _Shadow] = {}  # the one that was used longest ago first
@@ -100,10 +103,16 @@ class ModelDrafter:
             logits = self._step([self._shadows[request] for request in batch])
             for row, (request, count) in zip(logits, list(batch.items()), strict=True):
                 shadow = self._shadows[request]
-                self._guess(request, shadow, row)
-                if len(shadow.proposals) == count or shadow.chance < LEAST_CHANCE:
+                if not self._guess(request, shadow, row) or len(shadow.proposals) == count:
                     del batch[request]
-        return {request: _draft(shadow, left[request] * self._branches) for request, shadow in drafts.items()}
+        made = {request: _draft(shadow, left[request] * self._branches) for request, shadow in drafts.items()}
+        for request, draft in made.items():
+            draft.is_trusted = self._trusts(request)
+        return made
+
+    def _trusts(self, request: Request) -> bool:
+        sampler = request.sampler
+        return self._trust is not None and sampler.is_argmax and sampler.params.logprobs is None
 
     def observe(self, request: Request, draft: Draft, tokens: list[int]) -> None:
         """See Drafter.observe. `follow` finds the tokens that were right."""
@@ -155,8 +164,8 @@ class ModelDrafter:
         self.token_seconds += 0.1 * (seconds - self.token_seconds) if self.token_seconds else seconds
         return logits
 
-    def _guess(self, request: Request, shadow: _Shadow, logits: Float32) -> None:
-        """Another token of the chain, and those beside it."""
+    def _guess(self, request: Request, shadow: _Shadow, logits: Float32) -> bool:
+        """Another token of the chain, and those beside it. Whether a further one is of use."""
         node = len(shadow.proposals) - 1
         if request.draws_freely and self._branches == 1:
             candidates = request.sampler.candidates(logits, int(logits.argmax()))
@@ -166,12 +175,15 @@ class ModelDrafter:
             ids = top_k_ids(logits, max(self._branches, 1))
             token = int(ids[0])
             chances = _softmax(logits)
+            if self._trusts(request) and chances[token] < (self._trust or 0.0):
+                return False
             candidates = Distribution(ids[:1], np.ones(1, np.float32))
             shadow.leaves += [(shadow.chance * chances[other], node, int(other)) for other in ids[1:]]
         shadow.chance *= float(chances[token])
         shadow.proposals.append(candidates)
         shadow.tokens.append(token)
         shadow.num_tokens += 1
+        return shadow.chance >= LEAST_CHANCE or self._trusts(request)
 
 
 def _advance(batch: list[_Shadow]) -> None:

@@ -43,6 +43,7 @@ class _Started:
     rows: list[int]  # the first row of logits of each that is ready; its drafts have the next ones
     drafts: dict[Request, Draft]
     begun: float
+    is_decode: bool  # of all of them
     is_finished: bool = False  # whether the executor has nothing more to do for it
     is_advanced: bool = False  # whether they count as computed and sampled
 
@@ -260,7 +261,8 @@ class Engine:
         batch_input, sampled_rows, rows = step_input(batch, before_rows, self.executor.page_size)
         drafts = {request: request.draft for request in ready if request.draft}
         samplers = [request.sampler for request in ready]
-        started = _Started(batch, ready, batch_input, self._sampling, rows, drafts, time.perf_counter())
+        is_decode = all(request.is_decoding for request in batch)
+        started = _Started(batch, ready, batch_input, self._sampling, rows, drafts, time.perf_counter(), is_decode)
         if not drafts:
             self._sampling.start(batch_input, samplers, sampled_rows)
         elif all(sampler.is_argmax and sampler.params.logprobs is None for sampler in samplers):
@@ -307,7 +309,7 @@ class Engine:
 
     def _measure(self, started: "_Started", seconds: float) -> None:
         num_tokens = len(started.input.input_ids)
-        if num_tokens == len(started.batch) + sum(map(len, started.drafts.values())):
+        if started.is_decode:
             self._speculation.measured(num_tokens, seconds)
         else:
             self._mover.rates.computed(num_tokens, seconds)
@@ -348,8 +350,10 @@ class Engine:
             draft = started.drafts.get(request, _NO_DRAFT)
             right: list[int] = []  # nodes
             node: int | None = ROOT
-            while node is not None and self._append_row(started, request, sampled, row + 1 + node, now):
-                node = draft.child(node, sampled.tokens[row + 1 + node])
+            while node is not None:
+                sampled.tokens[row + 1 + node] = token = draft.chosen(node, sampled.tokens[row + 1 + node])
+                goes_on = self._append_row(started, request, sampled, row + 1 + node, now)
+                node = draft.child(node, token) if goes_on else None
                 right += [] if node is None else [node]
             grammar = request.sampler.grammar  # which has accepted all of these tokens
             if grammar is not None and grammar.is_finished and self._is_alive(request):

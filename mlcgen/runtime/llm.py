@@ -47,7 +47,7 @@ def load_engine(
     tokenizer = Tokenizer(model.tokenizer_path, model.tokenizer_config) if model.tokenizer_path else None
     drafter = None
     if options.draft_model is not None:
-        drafter = load_drafter(options.draft_model, model, target, num_threads, options.branches)
+        drafter = load_drafter(options.draft_model, model, target, num_threads, options.branches, options.trust)
     sizes = model.context_length, model.max_batch
     return Engine(model.executor, tokenizer, model.eos_token_ids, *sizes, options, drafter, model.window)
 

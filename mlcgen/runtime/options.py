@@ -42,6 +42,9 @@ class EngineOptions:
     """Tokens guessed one after the other, at most; how many it pays to guess is measured."""
     branches: int = 1
     """Tokens guessed at one place, at most: with several, guesses are trees."""
+    trust: float | None = None
+    """Take tokens of which `draft_model` is at least so sure without asking the large model, which takes over where it
+    is less sure: faster, and another text (big little decoder, arXiv:2302.07863). Greedy requests only."""
     check_numerics: bool = False
     """Where the model gives NaN or infinite logits, run the step again kernel by kernel to name the first that did."""
 
@@ -56,6 +59,10 @@ class EngineOptions:
             )
         if self.speculation not in SPECULATIONS:
             raise RequestError(f"speculation={self.speculation!r} is not known; have: {', '.join(SPECULATIONS)}")
+        if self.trust is not None and not (self.speculation == "model" and 0 < self.trust <= 1 and self.branches == 1):
+            raise RequestError(
+                f"trust={self.trust!r} is not valid; it must be a probability, with speculation='model' and branches=1"
+            )
         if (self.speculation == "model") != (self.draft_model is not None):
             raise RequestError(
                 f"speculation={self.speculation!r} with draft_model={str(self.draft_model)!r}: "

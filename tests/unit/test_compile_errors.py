@@ -104,6 +104,8 @@ def test_no_model(tmp_path: Path, output: Path) -> None:
         (UnsupportedError, "--context-length 65 is not between 1 and the model's 64", {"context_length": 65}),
         (UnsupportedError, "--context-length 0 is not", {"context_length": 0}),
         (UnsupportedError, "--max-batch 0 is not", {"max_batch": 0}),
+        (UnsupportedError, "--layers 0 is not between 1 and", {"layers": 0}),
+        (UnsupportedError, "--layers 99 is not between 1 and", {"layers": 99}),
         (UnsupportedError, "--kv-dtype 'int3' is not supported; have: auto", {"kv_dtype": "int3"}),
         (TargetError, "target 'tpu' is not supported; have: cpu", {"targets": ["tpu"]}),
         (TargetError, "target 'cpu:z80' is not known; have: cpu", {"targets": ["cpu", "cpu:z80"]}),

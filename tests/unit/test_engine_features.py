@@ -304,6 +304,29 @@ def test_a_tree_is_right_more_often_than_a_chain(speculation: str) -> None:
 
 
 @pytest.mark.usefixtures("cheap_guesses")
+def test_a_trusted_draft_model_speaks_where_it_is_sure() -> None:
+    small = NumpyExecutor()
+    small.head = small.head + 0.5 * np.random.default_rng(2).standard_normal(small.head.shape)
+    texts = {}
+    for trust in (1e-6, 0.8, 1.0):
+        options = EngineOptions(speculation="model", draft_model=Path("small"), trust=trust)
+        engine = make_engine(options=options, drafter=ModelDrafter(small, CONTEXT, trust=trust))
+        texts[trust] = run(engine, [(prompt_of(9), greedy(50)), (prompt_of(9), greedy(50, logprobs=1))])
+        assert engine.stats().num_accepted > 0 or trust == 1.0
+    large, alone = run_alone([(prompt_of(9), greedy(50))])[0], [(prompt_of(9), greedy(50))]
+    little = run(make_engine(executor=small), alone)[0].token_ids
+    assert little != large
+    assert texts[1e-6][0].token_ids[1:9] == walk_of(small, [*prompt_of(9), large[0]], 8)
+    assert texts[0.8][0].token_ids not in (large, little)
+    assert texts[1.0][0].token_ids == large
+    assert all(outputs[1].token_ids == large for outputs in texts.values())  # wants what the large one says
+
+
+def walk_of(executor: NumpyExecutor, prompt: list[int], count: int) -> list[int]:
+    return run(make_engine(executor=executor), [(prompt, greedy(count))])[0].token_ids
+
+
+@pytest.mark.usefixtures("cheap_guesses")
 def test_a_draft_model_that_is_short_of_pages_guesses_for_some() -> None:
     small = NumpyExecutor(num_pages=3, page_size=16)
     options = EngineOptions(speculation="model", draft_model=Path("small"))
@@ -391,6 +414,7 @@ def test_wrong_drafts_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"speculation": "model"}, "speculation='model' with draft_model='None'"),
         ({"speculation": "ngram", "draft_model": Path("a")}, "speculation='ngram' with draft_model='a'"),
         ({"branches": 0}, "branches=0 is not valid"),
+        ({"trust": 0.9}, "trust=0.9 is not valid; it must be a probability, with speculation='model'"),
         ({"window": 8, "sinks": 4}, "window=8 with sinks=4 leaves no room"),
     ],
 )
