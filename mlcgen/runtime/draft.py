@@ -20,6 +20,8 @@ class Draft:
     parents: list[int] = field(default_factory=list)
     proposals: list[Distribution] = field(default_factory=list)
     """Of a chain that was drawn at random: what each token was drawn from."""
+    is_forced: bool = False
+    """Whether a chain's tokens are all that a grammar allows."""
     is_trusted: bool = False
     """Whether a chain's tokens are taken whatever the model says."""
 
@@ -48,6 +50,12 @@ class Draft:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def trunk(self) -> list[int]:
+        """The tokens of the chain that begins the draft."""
+        length = next((node for node, parent in enumerate(self.parents) if parent != node - 1), len(self))
+        return self.tokens[:length]
 
     @property
     def is_chain(self) -> bool:

@@ -20,7 +20,7 @@ from mlcgen.runtime.options import EngineOptions
 from mlcgen.runtime.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
 from mlcgen.runtime.page_mover import PageMover
 from mlcgen.runtime.request import Intake, Prompt, Request
-from mlcgen.runtime.sampler import Sampled, SamplingParams
+from mlcgen.runtime.sampler import NO_TOKEN, Sampled, SamplingParams
 from mlcgen.runtime.scheduler import Scheduler
 from mlcgen.runtime.speculation import Drafter, Speculation
 from mlcgen.runtime.stats import EngineStats
@@ -350,7 +350,7 @@ class Engine:
             draft = started.drafts.get(request, _NO_DRAFT)
             right: list[int] = []  # nodes
             node: int | None = ROOT
-            while node is not None:
+            while node is not None and sampled.tokens[row + 1 + node] != NO_TOKEN:
                 sampled.tokens[row + 1 + node] = token = draft.chosen(node, sampled.tokens[row + 1 + node])
                 goes_on = self._append_row(started, request, sampled, row + 1 + node, now)
                 node = draft.child(node, token) if goes_on else None

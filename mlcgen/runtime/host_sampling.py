@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from mlcgen.runtime.distribution import Distribution
 from mlcgen.runtime.draft import ROOT, Draft
 from mlcgen.runtime.executor import Executor, Float32, Int32, StepInput
-from mlcgen.runtime.sampler import Sampled, Sampler
+from mlcgen.runtime.sampler import NO_TOKEN, Sampled, Sampler
 
 __all__ = ["HostSampling", "sample_rows"]
 
@@ -57,6 +57,8 @@ def sample_rows(logits: Float32, samplers: Sequence[Sampler], drafts: Drafts) ->
             row = first + 1 + node
             token = _sample_row(logits[row], row, sampler, sampled, draft.proposal(node))
             node = draft.child(node, token)
+            if node is not None and sampler.grammar is not None and sampler.grammar.is_finished:
+                sampled.tokens[first + 1 + node], node = NO_TOKEN, None
         first += 1 + len(draft)
     return sampled
 

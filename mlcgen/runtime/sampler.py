@@ -11,7 +11,8 @@ import numpy.typing as npt
 from mlcgen.errors import RequestError
 from mlcgen.runtime.distribution import Distribution, verified
 from mlcgen.runtime.executor import Float32, Int32
-from mlcgen.runtime.grammar import Grammar, Mask, StructuredOutput
+from mlcgen.runtime.grammar import Grammar, StructuredOutput
+from mlcgen.runtime.grammar_vocabulary import Mask
 
 __all__ = ["Sampled", "Sampler", "SamplingParams", "largest_reaching", "top_k_ids"]
 
@@ -19,6 +20,7 @@ __all__ = ["Sampled", "Sampler", "SamplingParams", "largest_reaching", "top_k_id
 GREEDY_TEMPERATURE = 1e-5
 # Tokens that share one maximum in a first pass over the vocabulary.
 BLOCK = 256
+NO_TOKEN = -1  # of a row after the end of a text that its grammar ends
 
 Int64 = npt.NDArray[np.int64]
 
@@ -140,7 +142,7 @@ _CHECKS: list[tuple[str, tuple[type, ...], Callable[[Any], bool], str]] = [
 class Sampled:
     """What was chosen from one step's logits, by row. Where a maximum is not finite, the other two mean nothing."""
 
-    tokens: list[int]
+    tokens: list[int]  # perhaps NO_TOKEN
     maxima: list[float]  # the largest raw logit; a NaN if there is one
     logprobs: list[dict[int, float] | None]  # as Sampler.logprobs; None for rows that want none
 

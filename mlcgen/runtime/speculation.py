@@ -54,9 +54,11 @@ class Speculation:
             # The last token that is generated needs no keys and values, and is not guessed either.
             room = min(request.num_wanted, self._limit - request.num_tokens) - 1
             most = min(spare, room, MAX_TREE - 1 - request.num_behind)
-            if request.sampler.grammar is not None:
-                request.draft = Draft.chain(request.sampler.grammar.forced()[: max(most, 0)])
-                spare -= len(request.draft)
+            grammar = request.sampler.grammar
+            if grammar is not None and (forced := grammar.forced()[: max(most, 0)]):
+                request.draft = Draft.chain(forced)
+                request.draft.is_forced = True
+                spare -= len(forced)
             elif self.drafter is not None:
                 longest = min(self._max_draft, most // self._branches)
                 if longest > 0 and (length := request.acceptance.length(longest, cost)):
@@ -64,11 +66,14 @@ class Speculation:
                     spare -= length * self._branches
         if counts and self.drafter is not None:
             for request, draft in self.drafter.propose(counts).items():
+                grammar = request.sampler.grammar
+                if grammar is not None:
+                    draft = Draft.chain(draft.tokens[: grammar.validate(draft.trunk)])
                 request.draft = draft
 
     def judge(self, request: Request, draft: Draft, num_accepted: int, tokens: list[int]) -> None:
         """A draft's nodes so many of which were right. tokens: as in Drafter.observe."""
-        if request.sampler.grammar is None and self.drafter is not None:
+        if self.drafter is not None and not draft.is_forced:
             request.acceptance.record(max(draft.depths), num_accepted)
             self.drafter.observe(request, draft, tokens)
 

@@ -13,6 +13,7 @@ from mlcgen.runtime.grammar import Grammar, StructuredOutput
 from mlcgen.runtime.options import EngineOptions
 from mlcgen.runtime.outputs import RequestOutput
 from mlcgen.runtime.sampler import SamplingParams
+from mlcgen.runtime.step_cost import StepCost
 from mlcgen.runtime.tokenizer import Tokenizer
 
 from .tiny_engine import VOCAB, NumpyExecutor, make_engine, prompt_of
@@ -72,6 +73,20 @@ def test_forced_tokens_take_no_steps_of_their_own(tokenizer: Tokenizer) -> None:
     assert output.text == text
     assert executor.num_steps < 0.5 * len(output.token_ids)
     assert output.metrics.num_accepted == output.metrics.num_drafted > 0
+
+
+@pytest.mark.parametrize("branches", [1, 3])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_guesses_keep_to_the_grammar(
+    tokenizer: Tokenizer, seed: int | None, branches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StepCost, "of_another", lambda cost, num_tokens: 0.05)
+    wanted = params(seed, structured=StructuredOutput(regex="[a-c ]{90}"))
+    (plain,) = generate(make_engine(tokenizer), wanted)
+    (guessed,) = generate(make_engine(tokenizer, options=EngineOptions(speculation="ngram", branches=branches)), wanted)
+    assert re.fullmatch("[a-c ]{90}", guessed.text)
+    assert guessed.token_ids == plain.token_ids
+    assert guessed.metrics.num_drafted > 0
 
 
 def test_samples_have_a_grammar_each(tokenizer: Tokenizer) -> None:
