@@ -109,7 +109,7 @@ class PlanExecutor:
                 shape = [evaluate(size, symbols) for size in tensor["shape"]]
                 if tensor["shape"][0] == "n":  # rows behind the batch's own hold anything
                     shape[0] = len(batch.input_ids)
-                result = np.empty(shape, tensor["dtype"])
+                result = np.empty(shape, "uint16" if tensor["dtype"] == "bfloat16" else tensor["dtype"])
                 self.device.download(result, self._tensor_address(step, index))
                 self.device.synchronize()
                 if not is_finite(result):

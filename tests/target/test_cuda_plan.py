@@ -114,3 +114,19 @@ def test_looking_ahead_gives_the_same_tokens(compiled: Callable[[str], Path]) ->
     with_history = [SamplingParams(temperature=0, max_tokens=4, presence_penalty=0.5), *params[1:]]
     assert len(generate(executor, prompts, with_history)[0]) <= 4
     assert "take_tokens" in device.launched
+
+
+def test_the_kernel_that_gives_nan_is_named(compiled: Callable[[str], Path]) -> None:
+    executor, device = emulated(compiled("bf16"))
+    rng = np.random.default_rng(3)
+    tables = rng.permutation(PAGES).reshape(3, 8)
+    step = batch([0, 0, 0], [2, 1, 3], rng, tables)
+    executor.step(step)
+    assert executor.first_not_finite(step) is None
+    name = next(name for name in executor._weights if "layers.1.post_attention_layernorm" in name)
+    device.upload(executor._weights[name], np.full(4, np.nan, np.float32))
+    assert np.isnan(executor.step(step)).any()
+    assert name in (executor.first_not_finite(step) or "")
+    decode = batch([2, 1, 3], [1, 1, 1], rng, tables)
+    executor.step(decode)
+    assert name in (executor.first_not_finite(decode) or "")

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from mlcgen import artifact
 from mlcgen.compile import compile as compile_model
 from mlcgen.errors import CheckpointError, UnsupportedError
 from mlcgen.models import architectures, parse_config
@@ -223,14 +224,46 @@ def test_logits_equal_transformers(hf_model, tmp_path):
     source = tmp_path / "model"
     hf_model.save_pretrained(source)
     add_tokenizer(source, hf_model.config.vocab_size)
-    artifact = compile_model(source, quantization="f32", output=tmp_path / "artifact")
+    path = compile_model(source, quantization="f32", output=tmp_path / "artifact")
     tokens = np.random.default_rng(1).integers(0, hf_model.config.vocab_size, 25).astype(np.int32)
     with torch.no_grad():
         wanted = hf_model(torch.tensor(tokens[None].astype(np.int64))).logits[0].numpy()
-    executor = load_executor(artifact, num_pages=5).executor
+    executor = load_executor(path, num_pages=5).executor
     found = np.concatenate([executor.step(step).copy() for step in steps(tokens, executor.page_size, 5)])
     assert np.abs(wanted).max() > 1  # says something
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_the_kernel_that_gives_nan_is_named(hf_model, tmp_path, monkeypatch):
+    if hf_model.config.model_type != "qwen2":
+        pytest.skip("one model is enough")
+    source = tmp_path / "model"
+    hf_model.save_pretrained(source)
+    add_tokenizer(source, hf_model.config.vocab_size)
+    path = compile_model(source, quantization="f32", output=tmp_path / "artifact")
+    (step, *_) = steps(np.arange(25, dtype=np.int32), 16, 5)
+    assert load_executor(path, num_pages=5).executor.first_not_finite(step) is None
+    mapped = artifact.map_weights
+
+    def poisoned(file):
+        weights = dict(mapped(file))
+        name = next(name for name in weights if "layers.1.mlp.down_proj" in name)
+        weights[name] = aligned_copy(weights[name])
+        weights[name].flat[3] = np.nan
+        return weights
+
+    monkeypatch.setattr(artifact, "map_weights", poisoned)
+    executor = load_executor(path, num_pages=5).executor
+    assert not np.isfinite(executor.step(step)).all()
+    assert "with model.layers.1.mlp.down_proj.weight" in executor.first_not_finite(step)
+
+
+def aligned_copy(array):
+    raw = np.empty(array.nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def add_tokenizer(source, vocab_size):
