@@ -20,12 +20,13 @@ PROGRAMS = {
 def test_program(name: str, compile_smollm2: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = compile_smollm2("f32", page_size=16)
     (artifact.parent / "dist").mkdir(exist_ok=True)
-    link = artifact.parent / "dist" / "smollm2"
-    if not link.exists():
-        link.symlink_to(artifact)
+    for place, its_artifact in {"smollm2": artifact, "smollm2-q4": compile_smollm2("q4")}.items():
+        link = artifact.parent / "dist" / place
+        if not link.exists():
+            link.symlink_to(its_artifact)
     monkeypatch.chdir(artifact.parent)
     exec(compile(PROGRAMS[name], name, "exec"), {})
 
 
 def test_the_programs_were_found() -> None:
-    assert len(PROGRAMS) == 6
+    assert len(PROGRAMS) == 9
