@@ -26,6 +26,9 @@ class StepInput:
     seq_lens: Int32  # (seqs,) tokens of the sequence in the cache after this step
     query_start: Int32  # (seqs + 1,)
     logit_rows: Int32  # (rows,) token rows whose logits are wanted
+    # (tokens,) of tokens in a tree, the last of their sequence, a word: bit i is set where the token sees the i-th of
+    # its sequence's tokens in this step, its own included. 0: a token of no tree; None: all are.
+    tree_masks: Int32 | None = None
 
 
 class Executor(Protocol):
@@ -36,6 +39,7 @@ class Executor(Protocol):
     vocab_size: int
     max_tokens_per_step: int
     page_shape: tuple[int, int]  # layers, and bytes of a page of one layer
+    supports_trees: bool  # whether steps may have tree masks; artifacts of earlier versions do not take them
 
     def step(self, batch: StepInput) -> Float32:
         """Logits, (rows, vocab_size) float32. The array is valid until the next call."""

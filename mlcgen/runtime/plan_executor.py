@@ -72,6 +72,7 @@ class PlanExecutor:
         pages = plan["pages"]
         page_bytes = prod(pages["shape"]) * ITEM_BYTES[pages["dtype"]]
         self.page_shape = int(pages["layers"]), page_bytes
+        self.supports_trees = "tree_masks" in plan["inputs"]
         self._pages = [device.allocate(num_pages * page_bytes, "KV pages") for _ in range(pages["layers"])]
         self._storages = [device.allocate(size, "intermediate results") for size in plan["storages"]]
         self._scratch = device.allocate(plan["scratch"], "kernels' scratch memory")
@@ -289,6 +290,7 @@ _PADDING: dict[str, int | None] = {
     "seq_lens": 0,
     "query_start": None,
     "logit_rows": 0,
+    "tree_masks": 0,
     "sampled_rows": -1,
 }
 

@@ -36,7 +36,8 @@ class Decode:
     def __init__(self, segment: Segment, token: Expr, first_head: Expr) -> None:
         self.segment, self.shape, self.cache = segment, segment.shape, segment.cache
         self.token, self.first_head = token, first_head
-        self.first, self.end = segment.key_range(token, token)
+        self.first, self.end = segment.key_range(segment.first_visible(token), token)
+        self.branch = segment.branch(token)
         self.heads = range(self.shape.heads)
 
     def attend(self) -> None:
@@ -65,7 +66,7 @@ class Decode:
             )
 
     def _score(self, scores: Buffer, start: Expr, stop: Expr) -> list[Register]:
-        """scores[h, i] = scale * q[h] . key[start + i], LOWEST outside the range; returns the maxima per lane."""
+        """scores[h, i] = scale * q[h] . key[start + i], LOWEST of keys not seen; returns the maxima per lane."""
         lanes = self.shape.lanes
         tops = [Register(splat(LOWEST, lanes)) for _ in self.heads]
         quads = T.alloc_buffer((i64(len(self.heads) * lanes // QUAD), i64(lanes)), "float32")
@@ -73,7 +74,7 @@ class Decode:
             first = bind(start + block * lanes)
             with T.serial(i64(lanes // QUAD)) as quad:
                 self._score_quad(quads, bind(first + quad * QUAD), stop, quad)
-            valid = self._valid(first, stop)
+            valid = self._visible(first, stop)
             for h in self.heads:
                 dots = LaneSums(merged=QUAD)
                 for quad in range(lanes // QUAD):
@@ -117,11 +118,12 @@ class Decode:
         end = bind(T.Select(inside, self.end, following.end))
         return self.cache.keys(seq, head, key, end, count)
 
-    def _valid(self, first: Expr, stop: Expr) -> Expr:
+    def _visible(self, first: Expr, stop: Expr) -> Expr:
+        """Of a vector of keys from `first`, those before `stop` that the token sees."""
         lanes = self.shape.lanes
         key = T.ramp(T.cast(first, "int32"), T.int32(1), lanes)
-        inside = key < splat(T.cast(stop, "int32"), lanes)
-        return tirx.And(inside, key >= splat(T.cast(self.first, "int32"), lanes)) if self.shape.window else inside
+        seen = tirx.And(key < splat(T.cast(stop, "int32"), lanes), self.segment.on_branch(self.branch, first))
+        return tirx.And(seen, key >= splat(T.cast(self.first, "int32"), lanes)) if self.shape.window else seen
 
     def _exponentiate(
         self, scores: Buffer, h: int, start: Expr, stop: Expr, block_tops: Register, top: Register, total: Register
@@ -132,8 +134,9 @@ class Decode:
         shrink = exp(self.shape.isa, top.get() - new_top)
         sums = Register(splat(0.0, lanes))
         with T.serial(ceildiv(stop - start, lanes)) as block:
-            weight = exp(self.shape.isa, load(scores, h, block * lanes, lanes=lanes) - splat(new_top, lanes))
-            weight = bind(T.Select(self._valid(start + block * lanes, stop), weight, splat(0.0, lanes)))
+            score = bind(load(scores, h, block * lanes, lanes=lanes))
+            weight = exp(self.shape.isa, score - splat(new_top, lanes))
+            weight = bind(T.Select(score > splat(LOWEST, lanes), weight, splat(0.0, lanes)))
             store(scores, weight, h, block * lanes)
             sums.set(sums.get() + weight)
         total.set(total.get() * shrink + reduce_sum(sums.get()))

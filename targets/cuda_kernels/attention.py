@@ -42,7 +42,7 @@ HOW = "kernel: targets/cuda_kernels/attention.py"
 
 def rope_attention(spec: Attention, arch: str) -> DeviceKernel:
     """PrimFunc(qkv (n, (H + 2 KV) D); cos, sin (n, D / 2) f32; slots (n,) int32; pages; block_table, seq_lens,
-    query_start, positions as below; out (n, H, D)): rope_append, then paged_attention."""
+    query_start, tree_masks, positions as below; out (n, H, D)): rope_append, then paged_attention."""
     sizes = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.page_size)
     params = (*rope_params(*sizes, spec.kv_dtype), *_sequence_params(spec))
 
@@ -88,6 +88,7 @@ def _sequence_params(spec: Attention) -> list[Param]:
         Param("block_table", ("seqs", "blocks"), "int32"),
         Param("seq_lens", ("seqs",), "int32"),
         Param("query_start", ("seqs+1",), "int32"),
+        Param("tree_masks", ("n",), "int32"),
         Param("positions", ("n",), "int32"),
         Param("out", ("n", spec.num_heads, spec.head_dim), "float32", HALVES),
     ]
@@ -160,7 +161,7 @@ def _decode(layer: _Layer, qkv: str) -> tuple[Launch, str]:
     params += ["float* partials", "u32* arrivals", "int seqs", "int table_stride", "float scale"]
     body = f"attention_decode<{layer.cpp}, {warps}, {stages}>(out, qkv, cos, sin, slots, pages, block_table, seq_lens, "
     body += "partials, arrivals, seqs, table_stride, scale, 0);"
-    args = (*map(tensor, (9, 0, 1, 2, 3, 4, 5, 6)), scratch(), counters())
+    args = (*map(tensor, (10, 0, 1, 2, 3, 4, 5, 6)), scratch(), counters())
     numbers = (int32("seqs"), int32("blocks"), float32(spec.scale))
     shared = warps * stages * 2 * DECODE_KEYS * spec.head_dim * 2
     grid = (spec.num_kv_heads, layer.blocks, 1)
@@ -194,7 +195,7 @@ def _prefill(layer: _Layer, shape: tuple[int, int, int], q: list[object], first:
     body += "(out, q, pages, block_table, seq_lens, query_start, seqs, table_stride, scale, 0);"
     pages_to_query_start = map(tensor, range(first, first + 4))
     numbers = (int32("seqs"), int32("blocks"), float32(spec.scale))
-    args = (tensor(first + 5), q, *pages_to_query_start, *numbers)
+    args = (tensor(first + 6), q, *pages_to_query_start, *numbers)
     rows = warps * blocks * 16  # (token, head of the group) pairs of a block
     tiles = ["+", ["//", times("n", layer.group), rows], "seqs"]
     shared = (rows + 4 * keys) * spec.head_dim * 2 + 8 * max(keys // spec.page_size, 1)

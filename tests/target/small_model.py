@@ -63,3 +63,4 @@ class LogitsOnly:
         self.vocab_size, self.max_tokens_per_step = executor.vocab_size, executor.max_tokens_per_step
         self.page_shape, self.copy_page = executor.page_shape, executor.copy_page
         self.read_page, self.write_page = executor.read_page, executor.write_page
+        self.supports_trees = executor.supports_trees

@@ -265,7 +265,8 @@ def test_a_step_of_decodes_in_one_kernel_and_in_two() -> None:
     batch, count = step.batch, len(step.slots)
     symbols = {"n": count, "seqs": count, "blocks": batch.block_table.shape[1], "num_pages": len(step.pages)}
     projections = (step.qkv.reshape(count, -1), *step.angles, step.slots)
-    sequences = (batch.block_table, batch.lengths, np.arange(count + 1, dtype=np.int32), batch.lengths - 1)
+    starts, no_trees = np.arange(count + 1, dtype=np.int32), np.zeros(count, np.int32)
+    sequences = (batch.block_table, batch.lengths, starts, no_trees, batch.lengths - 1)
 
     def run(kernel: DeviceKernel, is_decode: int, *arrays: np.ndarray) -> list[str]:
         dtypes = ["float16" if p.narrow else p.dtype for p in kernel.params]

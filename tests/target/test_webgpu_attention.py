@@ -117,7 +117,7 @@ def test_any_step(layer: Layer, sequences: list[tuple[int, int]]) -> None:
     starts = np.cumsum([0, *(new for _, new in sequences)], dtype=np.int32)
     out = np.full(batch.q.shape, np.nan, np.float32)
     positions = np.full(len(out), 2**30, np.int32)  # nobody reads them
-    arrays = (batch.q, batch.pages, batch.block_table, batch.lengths, starts, positions, out)
+    arrays = (batch.q, batch.pages, batch.block_table, batch.lengths, starts, np.zeros_like(positions), positions, out)
     run(layer.kernel, arrays, symbols(batch, len(out), 0))
     np.testing.assert_allclose(out, batch.expected, rtol=2e-5, atol=2e-5)
 
@@ -131,8 +131,8 @@ def test_decode(layer: Layer, contexts: list[int]) -> None:
     q = np.full((len(contexts), *batch.q.shape[1:]), np.nan, np.float32)
     q[used] = batch.q
     out = np.full(q.shape, 7, np.float32)
-    starts = positions = np.full(len(contexts) + 1, 2**30, np.int32)  # nobody reads them
-    arrays = (q, batch.pages, batch.block_table, batch.lengths, starts, positions, out)
+    starts = masks = positions = np.full(len(contexts) + 1, 2**30, np.int32)  # nobody reads them
+    arrays = (q, batch.pages, batch.block_table, batch.lengths, starts, masks, positions, out)
     names = run(layer.kernel, arrays, symbols(batch, len(q), 1))
     seen = min(max(contexts), layer.window or max(contexts))
     assert [name.split("_")[1] for name in names] == (["split", "combine"] if seen > 128 else ["decode"])

@@ -27,6 +27,7 @@ class Alphabet:
     """Says the word after the last one, without a look at its pages."""
 
     num_pages, page_size, vocab_size, max_tokens_per_step, page_shape = 16, 4, len(WORDS), 64, (1, 64)
+    supports_trees = False
 
     def step(self, batch: StepInput) -> Float32:
         return np.eye(self.vocab_size, dtype=np.float32)[(batch.input_ids[batch.logit_rows] + 1) % self.vocab_size] * 9

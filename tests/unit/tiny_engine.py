@@ -24,6 +24,7 @@ class NumpyExecutor:
     """
 
     vocab_size = VOCAB
+    supports_trees = False
 
     def __init__(self, num_pages: int = 64, page_size: int = 4, max_tokens_per_step: int = 64) -> None:
         self.num_pages, self.page_size, self.max_tokens_per_step = num_pages, page_size, max_tokens_per_step
@@ -82,7 +83,9 @@ class NumpyExecutor:
 
     def check(self, batch: StepInput) -> None:
         num_tokens, num_seqs = len(batch.input_ids), len(batch.seq_lens)
-        assert all(array.dtype == np.int32 and array.flags.c_contiguous for array in vars(batch).values())
+        assert all(
+            array.dtype == np.int32 and array.flags.c_contiguous for array in vars(batch).values() if array is not None
+        )
         assert batch.positions.shape == batch.slot_mapping.shape == (num_tokens,)
         assert batch.query_start.shape == (num_seqs + 1,)
         assert batch.query_start[0] == 0
