@@ -37,7 +37,6 @@ class Decode:
         self.segment, self.shape, self.cache = segment, segment.shape, segment.cache
         self.token, self.first_head = token, first_head
         self.first, self.end = segment.key_range(segment.first_visible(token), token)
-        self.branch = segment.branch(token)
         self.heads = range(self.shape.heads)
 
     def attend(self) -> None:
@@ -55,6 +54,8 @@ class Decode:
                 start = bind(aligned + block * SCORE_BLOCK)
                 stop = bind(tirx.min(start + SCORE_BLOCK, self.end))
                 block_tops = self._score(scores, start, stop)
+                with T.If(tirx.And(self.segment.is_in_tree(self.token), stop > self.segment.base)), T.Then():
+                    self._hide_other_branches(scores, start, stop, block_tops)
                 shrinks = [
                     self._exponentiate(scores, h, start, stop, block_tops[h], tops[h], totals[h]) for h in self.heads
                 ]
@@ -66,7 +67,7 @@ class Decode:
             )
 
     def _score(self, scores: Buffer, start: Expr, stop: Expr) -> list[Register]:
-        """scores[h, i] = scale * q[h] . key[start + i], LOWEST of keys not seen; returns the maxima per lane."""
+        """scores[h, i] = scale * q[h] . key[start + i], LOWEST outside the range; returns the maxima per lane."""
         lanes = self.shape.lanes
         tops = [Register(splat(LOWEST, lanes)) for _ in self.heads]
         quads = T.alloc_buffer((i64(len(self.heads) * lanes // QUAD), i64(lanes)), "float32")
@@ -74,7 +75,7 @@ class Decode:
             first = bind(start + block * lanes)
             with T.serial(i64(lanes // QUAD)) as quad:
                 self._score_quad(quads, bind(first + quad * QUAD), stop, quad)
-            valid = self._visible(first, stop)
+            valid = self._valid(first, stop)
             for h in self.heads:
                 dots = LaneSums(merged=QUAD)
                 for quad in range(lanes // QUAD):
@@ -118,12 +119,24 @@ class Decode:
         end = bind(T.Select(inside, self.end, following.end))
         return self.cache.keys(seq, head, key, end, count)
 
-    def _visible(self, first: Expr, stop: Expr) -> Expr:
-        """Of a vector of keys from `first`, those before `stop` that the token sees."""
+    def _valid(self, first: Expr, stop: Expr) -> Expr:
         lanes = self.shape.lanes
         key = T.ramp(T.cast(first, "int32"), T.int32(1), lanes)
-        seen = tirx.And(key < splat(T.cast(stop, "int32"), lanes), self.segment.on_branch(self.branch, first))
-        return tirx.And(seen, key >= splat(T.cast(self.first, "int32"), lanes)) if self.shape.window else seen
+        inside = key < splat(T.cast(stop, "int32"), lanes)
+        return tirx.And(inside, key >= splat(T.cast(self.first, "int32"), lanes)) if self.shape.window else inside
+
+    def _hide_other_branches(self, scores: Buffer, start: Expr, stop: Expr, tops: list[Register]) -> None:
+        """LOWEST for keys that are not in the token's mask, and the maxima again."""
+        lanes, branch = self.shape.lanes, self.segment.branch(self.token)
+        for top in tops:
+            top.set(splat(LOWEST, lanes))
+        with T.serial(ceildiv(stop - start, lanes)) as block:
+            seen = bind(self.segment.on_branch(branch, start + block * lanes))
+            for h, top in enumerate(tops):
+                score = load(scores, h, block * lanes, lanes=lanes)
+                score = bind(T.Select(seen, score, splat(LOWEST, lanes)))
+                top.set(tirx.max(top.get(), score))
+                store(scores, score, h, block * lanes)
 
     def _exponentiate(
         self, scores: Buffer, h: int, start: Expr, stop: Expr, block_tops: Register, top: Register, total: Register
