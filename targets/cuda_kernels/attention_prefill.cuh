@@ -6,10 +6,15 @@
 // products of this one. Tiles wholly after a warp's rows, or before their windows, are skipped; only tiles that some
 // row sees in part are masked.
 //
+// A sequence of at most TREE_TOKENS new tokens may end with a token tree: their words in tree_masks are not 0 then, and
+// bit i tells whether a token sees the i-th of these new tokens. Such words are read only where a tile reaches them.
+//
 // Grid (KV, tiles): tile counts are known on the device only, so the host launches row_tiles(tokens, sequences) of
 // them, enough for any lengths, and those without rows leave.
 #pragma once
 #include "attention_parts.cuh"
+
+constexpr int TREE_TOKENS = 32;
 
 template <class A, int WARPS, int BLOCKS, int KEYS> struct PrefillShape {
   static constexpr int THREADS = WARPS * WARP, ROWS = WARPS * BLOCKS * 16, PAGES = PAGES_OF_TILE<A, KEYS>;
@@ -79,21 +84,33 @@ DEVICE void load_queries(typename A::Number* to, const typename A::Activation* q
   }
 }
 
-// Positions in the sequence of the rows of a lane, and of the first and last row of its warp; last = -1: no rows, and
-// so no key to see.
+// The new tokens of a sequence that ends with a tree.
+struct Tree {
+  const i32 *masks, *positions;  // null: no tree
+  int cached;  // tokens before them
+};
+
+// Places in the cache of the rows of a lane, and of the first and last row of its warp; last = -1: no rows, and so no
+// key to see. Where there is a tree, all of its keys may be seen.
 template <int BLOCKS> struct RowPositions {
   int of[BLOCKS][2];
   int first, last;
+  Tree tree;
 };
 template <class A, int BLOCKS>
-DEVICE RowPositions<BLOCKS> row_positions(const RowTile& rows, int cached, int warp, int lane) {
+DEVICE RowPositions<BLOCKS> row_positions(const RowTile& rows, const Tree& tree, int warp, int lane) {
   int first = rows.first + warp * BLOCKS * 16;
   // Rows past the last stand for it: what they compute is dropped.
-  auto position = [&](int row) { return cached + int(u32(row < rows.last ? row : rows.last - 1) / A::GROUP); };
+  auto position = [&](int row) { return tree.cached + int(u32(row < rows.last ? row : rows.last - 1) / A::GROUP); };
   RowPositions<BLOCKS> p;
   for (int block = 0; block < BLOCKS; block++)
     for (int half = 0; half < 2; half++) p.of[block][half] = position(first + block * 16 + half * 8 + lane / 4);
   p.first = position(first), p.last = first < rows.last ? position(first + BLOCKS * 16 - 1) : -1;
+  p.tree = tree;
+  if (tree.masks) {
+    p.first = tree.cached - 1;  // its first token need not be seen by the others
+    if (p.last >= 0) p.last = tree.cached + rows.tokens - 1;
+  }
   return p;
 }
 
@@ -111,6 +128,30 @@ DEVICE void mask_unseen(float (&scores)[BLOCKS][TILES][4], const RowPositions<BL
       }
 }
 
+// The same where the sequence ends with a tree.
+template <class A, int TILES, int BLOCKS>
+DEVICE void mask_unseen_of_tree(float (&scores)[BLOCKS][TILES][4], const RowPositions<BLOCKS>& positions, int first_key,
+                                int lane) {
+  const Tree& tree = positions.tree;
+#pragma unroll
+  for (int block = 0; block < BLOCKS; block++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      int row = positions.of[block][half] - tree.cached, position = positions.of[block][half];
+      u32 mask = tree.masks[row];
+      if (A::WINDOW && mask) position = tree.positions[row];
+#pragma unroll
+      for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          int key = first_key + n * 8 + lane % 4 * 2 + i, own = key - tree.cached;
+          bool is_seen = mask && own >= 0 ? own < TREE_TOKENS && mask >> own & 1
+                                          : key <= position && !(A::WINDOW && key <= position - A::WINDOW);
+          if (!is_seen) scores[block][n][2 * half + i] = MASKED;
+        }
+    }
+}
+
 // One tile of keys for the rows of a warp.
 template <class A, int KEYS, int BLOCKS, class Queries>
 DEVICE void prefill_tile(Softmax<A::D, BLOCKS>& state, const Queries& queries, const typename A::Number* keys,
@@ -121,8 +162,12 @@ DEVICE void prefill_tile(Softmax<A::D, BLOCKS>& state, const Queries& queries, c
   float scores[BLOCKS][KEYS / 8][4];
   multiply_keys<A::D, KEYS>(scores, queries, keys, lane);
   cap_scores<A>(scores, l);
-  if (last_key > positions.first || (A::WINDOW && first_key <= positions.last - A::WINDOW))
-    mask_unseen<A>(scores, positions, first_key, lane);
+  if (last_key > positions.first || (A::WINDOW && first_key <= positions.last - A::WINDOW)) {
+    if (positions.tree.masks)
+      mask_unseen_of_tree<A>(scores, positions, first_key, lane);
+    else
+      mask_unseen<A>(scores, positions, first_key, lane);
+  }
   scores_to_weights<false>(state, scores, l.factor);
   multiply_values<A::D, KEYS>(state.out, scores, values, lane);
 }
@@ -190,11 +235,13 @@ DEVICE void prefill_tiles(Softmax<A::D, BLOCKS>& state, const Queries& queries,
 
 // out, q: (tokens, HEADS, D). block_table: (sequences, table_stride), read only where a sequence has tokens;
 // seq_lens: tokens of each sequence, the new ones included; query_start: (sequences + 1), new tokens of sequence s are
-// rows query_start[s] .. query_start[s + 1] - 1. Other rows are left as they are.
+// rows query_start[s] .. query_start[s + 1] - 1. Other rows are left as they are. tree_masks, positions: (tokens), of
+// which positions are read only for tokens in a tree; the others' are known from the lengths.
 template <class A, int WARPS, int BLOCKS, int KEYS>
 DEVICE void attention_prefill(typename A::Activation* out, const typename A::Activation* q,
                               const typename A::Number* pages, const i32* block_table, const i32* seq_lens,
-                              const i32* query_start, int sequences, int table_stride, float scale, float cap) {
+                              const i32* query_start, const i32* tree_masks, const i32* positions_in_tree,
+                              int sequences, int table_stride, float scale, float cap) {
   using T = typename A::Number;
   using Shape = PrefillShape<A, WARPS, BLOCKS, KEYS>;
   constexpr int ROWS = Shape::ROWS, THREADS = Shape::THREADS;
@@ -210,7 +257,10 @@ DEVICE void attention_prefill(typename A::Activation* out, const typename A::Act
   int kv = blockIdx.x, s = rows.sequence, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   int cached = seq_lens[s] - rows.tokens;
   if (cached < 0) return;
-  int first_position = cached + rows.first / A::GROUP, end = cached + (rows.last - 1) / A::GROUP + 1;
+  // Rows of a tree may see all new keys, and none of their positions is below `cached`.
+  bool may_be_tree = rows.tokens <= TREE_TOKENS;
+  int first_position = cached + (may_be_tree ? 0 : rows.first / A::GROUP);
+  int end = cached + (may_be_tree ? rows.tokens : (rows.last - 1) / A::GROUP + 1);
   int begin = A::WINDOW && first_position >= A::WINDOW ? first_position - A::WINDOW + 1 : 0;
   TileLoader<A, Shape, KEYS> loader = {tiles, paged_cache<A>(pages, kv, block_table, table_stride, s), begin, end};
   int first = begin / KEYS, last = (end + KEYS - 1) / KEYS;
@@ -222,7 +272,9 @@ DEVICE void attention_prefill(typename A::Activation* out, const typename A::Act
   load_queries<A, ROWS, THREADS>(tiles.queries, q + first_row * A::D, rows);
   __syncthreads();
   QueryTile<T, A::D> query_tile = {tiles.queries + warp * BLOCKS * 16 * A::D, lane};
-  RowPositions<BLOCKS> positions = row_positions<A, BLOCKS>(rows, cached, warp, lane);
+  Tree tree = {nullptr, positions_in_tree + rows.first_token, cached};
+  if (may_be_tree && tree_masks[rows.first_token + rows.tokens - 1]) tree.masks = tree_masks + rows.first_token;
+  RowPositions<BLOCKS> positions = row_positions<A, BLOCKS>(rows, tree, warp, lane);
   Logits l = logits<A>(scale, cap);
   Softmax<A::D, BLOCKS> state;
   state.clear();
