@@ -73,7 +73,8 @@ class Attention:
         table = rng.permutation(pages).reshape(sequences, blocks)
         lengths, starts = np.full(sequences, length), np.arange(sequences + 1) * new
         positions = np.tile(np.arange(length - new, length), sequences)
-        integers = [self.uploaded(a.astype(np.int32)) for a in (table, lengths, starts, positions)]
+        no_trees = np.zeros(sequences * new)
+        integers = [self.uploaded(a.astype(np.int32)) for a in (table, lengths, starts, no_trees, positions)]
         given = [self.uploaded(queries)]
         if new == 1:
             angles = [self.uploaded(np.full((sequences, HEAD_DIM // 2), a, np.float32)) for a in (0.6, 0.8)]

@@ -7,7 +7,14 @@ pages (PagedAttention, Kwon et al. 2023). The function gains the inputs
   block_table  (seqs, blocks) int32 pages of each sequence, in order
   seq_lens     (seqs,) int32        tokens in the cache after this step
   query_start  (seqs + 1,) int32    rows of each sequence among the n tokens
+  tree_masks   (n,) int32           0, or of a token in a tree, which of the step's tokens it sees
   pages_<layer> (num_pages, 2, kv_heads, page_size, head_dim)
+
+Trees of guessed tokens are verified in one step (SpecInfer, Miao et al. 2023). Let base be the tokens that a sequence
+had in the cache before the step. A token with a tree mask sees the keys before base, those of its window alone where
+there is one, and of its sequence's tokens in this step, at most 32, the i-th one where bit i is set; its own bit always
+is. Their keys lie in the cache in the step's order, from base on, while a token's position is base plus its depth in
+the tree. Tokens without a mask come before those with one, and are as ever.
 """
 
 from dataclasses import dataclass
@@ -61,9 +68,10 @@ def paged_attention(mod: IRModule, layout: KvLayout, target: Target) -> IRModule
 
 
 def index_inputs(n: tirx.Var) -> list[relax.Var]:
-    """slot_mapping, block_table, seq_lens, query_start."""
+    """slot_mapping, block_table, seq_lens, query_start, tree_masks."""
     seqs, blocks = tirx.Var("seqs", "int64"), tirx.Var("blocks", "int64")
     shapes = {"slot_mapping": (n,), "block_table": (seqs, blocks), "seq_lens": (seqs,), "query_start": (seqs + 1,)}
+    shapes["tree_masks"] = (n,)
     return [relax.Var(name, relax.TensorType(shape, "int32")) for name, shape in shapes.items()]
 
 

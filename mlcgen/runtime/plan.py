@@ -26,7 +26,9 @@ INPUTS: Mapping[str, list[Size]] = {
     "seq_lens": ["seqs"],
     "query_start": [["+", "seqs", 1]],
     "logit_rows": ["rows"],
+    "tree_masks": ["n"],
 }
+ADDED_INPUTS = ("tree_masks",)  # which plans of earlier versions of mlcgen do without
 _SMALLEST_STEP = {"seqs": 1, "blocks": 1, "num_pages": 1, "is_decode": 1, "longest": 1, "has_f16": 0}
 
 _BYTES, _INDEX, _COUNT = range(1 << 48), range(1 << 31), range(1, 1 << 31)
@@ -118,6 +120,13 @@ class _Items:
         self.items = items
 
 
+class _Optional:
+    """What may be missing from an object."""
+
+    def __init__(self, item: Any) -> None:
+        self.item = item
+
+
 class _Kinds:
     """One of several schemas, by what stands at a key, as an item 0 or in an object."""
 
@@ -132,10 +141,13 @@ def _mismatch(value: Any, schema: Any, where: str) -> str | None:
         if kind not in schema.kinds:
             return f"{where} is missing or of no known kind; have: {', '.join(schema.kinds)}"
         return _mismatch(value, schema.kinds[kind], where)
+    if isinstance(schema, _Optional):
+        return _mismatch(value, schema.item, where)
     if isinstance(schema, dict | _Named):
         if not isinstance(value, dict):
             return f"{where or 'it'} is missing or no object"
         items = schema.items() if isinstance(schema, dict) else ((key, schema.item) for key in value)
+        items = ((key, item) for key, item in items if key in value or not isinstance(item, _Optional))
         return _first(_mismatch(value.get(key), item, f"{where}.{key[:80]}".lstrip(".")) for key, item in items)
     if isinstance(schema, list | _Items):
         if not isinstance(value, list):
@@ -233,12 +245,13 @@ _TENSORS = {
     "pages": {"layer": _INDEX},
     "constant": {"constant": _INDEX},
 }
+_INPUT = {"shape": [_SIZE], "dtype": ("int32",)}
 _SCHEMA: dict[str, Any] = {
     "arch": str,
     "max_tokens_per_step": _COUNT,
     "max_logit_rows": _COUNT,
     "symbols": _Named(_Items(tuple(INPUTS), range(2))),
-    "inputs": {name: {"shape": [_SIZE], "dtype": ("int32",)} for name in INPUTS},
+    "inputs": {name: _Optional(_INPUT) if name in ADDED_INPUTS else _INPUT for name in INPUTS},
     "weights": _Named({"shape": [_COUNT], "dtype": ("float32", "float16", "uint16", "uint8"), "is_tiled": bool}),
     "pages": {"layers": range(1, 1 << 16), "shape": _Items(*[_COUNT] * 4), "dtype": ("float32", "float16", "uint16")},
     "storages": [_BYTES],

@@ -317,6 +317,7 @@ _PADDING: dict[str, int | None] = {
     "seq_lens": 0,
     "query_start": None,
     "logit_rows": 0,
+    "tree_masks": 0,
     "sampled_rows": -1,
 }
 

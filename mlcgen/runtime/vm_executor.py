@@ -102,6 +102,7 @@ class VmExecutor:
         self._weights = [self._tensor(weights[name]) for name in self._weight_names]
         self._inputs: list[str] = list(manifest["entry"]["inputs"])
         self.supports_trees = "tree_masks" in self._inputs
+        self._no_masks = np.zeros(max_tokens_per_step, np.int32)
         self._staged: dict[str, tuple[npt.NDArray[Any], Any]] = {}
 
     def step(self, batch: StepInput) -> Float32:
@@ -110,7 +111,9 @@ class VmExecutor:
             raise RequestError(f"{len(batch.input_ids)} tokens in one step, {self.max_tokens_per_step} were compiled")
         wanted = len(batch.logit_rows)
         rows = batch.logit_rows if wanted else np.zeros(1, np.int32)  # the output matrix takes at least one row
-        inputs = [self._stage(name, rows if name == "logit_rows" else getattr(batch, name)) for name in self._inputs]
+        masks = self._no_masks[: len(batch.input_ids)] if batch.tree_masks is None else batch.tree_masks
+        arrays = {**vars(batch), "logit_rows": rows, "tree_masks": masks}
+        inputs = [self._stage(name, arrays[name]) for name in self._inputs]
         logits = self._forward(*inputs, *self._pages, *self._weights)
         result: Float32 = np.from_dlpack(logits)[:wanted]  # type: ignore[assignment]
         return result

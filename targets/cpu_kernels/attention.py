@@ -36,9 +36,11 @@ def paged_attention(
     """Causal attention of n new tokens to the cached positions of their sequences, their own included.
 
     PrimFunc(q (n, H, D) f32; pages (num_pages, 2, KV, page_size, D) kv_dtype, keys at [:, 0]; block_table (seqs,
-    max_blocks) int32; seq_lens (seqs,) int32; query_start (seqs + 1,) int32; positions (n,) int32; out (n, H, D) f32).
+    max_blocks) int32; seq_lens (seqs,) int32; query_start (seqs + 1,) int32; tree_masks, positions (n,) int32;
+    out (n, H, D) f32).
     Tokens query_start[s] … query_start[s + 1] belong to sequence s, with ascending positions. A token at position p
-    attends to max(0, p - window + 1) … p, or to 0 … p without a window (0). head_dim is a multiple of 16.
+    attends to max(0, p - window + 1) … p, or to 0 … p without a window (0); one with a tree mask as
+    passes/paged_attention.py says. head_dim is a multiple of 16.
     """
     with kernel("paged_attention") as k:
         n, num_pages = k.symbol("n"), k.symbol("num_pages")
@@ -48,7 +50,7 @@ def paged_attention(
         block_table = k.arg("block_table", (seqs, max_blocks), "int32")
         seq_lens = k.arg("seq_lens", (seqs,), "int32")
         query_start = k.arg("query_start", (seqs + 1,), "int32")
-        positions = k.arg("positions", (n,), "int32")
+        tree_masks, positions = k.arg("tree_masks", (n,), "int32"), k.arg("positions", (n,), "int32")
         out = k.arg("out", (n, num_heads, head_dim), "float32")
         cells = view(pages, (num_pages * (2 * num_kv_heads * page_size * head_dim),), STORAGE[kv_dtype])
         cache = Cache(isa, cells, block_table, num_kv_heads, page_size, head_dim)
@@ -64,12 +66,16 @@ def paged_attention(
                 split = bind(task // num_blocks // num_kv_heads)
                 first_token = bind(_alternate(task % num_blocks, num_blocks) * shape.block_tokens)
                 with T.serial(seqs) as seq:
-                    start = bind(tirx.max(i64(load(query_start, seq)), first_token))
-                    end = bind(tirx.min(i64(load(query_start, seq + 1)), first_token + shape.block_tokens))
-                    keys = (bind(split * split_keys), split_keys)
-                    following = _following(seq, seq_lens, head, num_kv_heads, *keys)
-                    segment = Segment(shape, cache, q, positions, output, seq, head, split, *keys, following)
+                    own = (bind(i64(load(query_start, seq))), bind(i64(load(query_start, seq + 1))))
+                    start = bind(tirx.max(own[0], first_token))
+                    end = bind(tirx.min(own[1], first_token + shape.block_tokens))
                     with T.If(start < end), T.Then():
+                        length = bind(i64(load(seq_lens, seq)))
+                        sequence = (seq, bind(length - (own[1] - own[0])), length)
+                        keys = (bind(split * split_keys), split_keys)
+                        following = _following(seq, seq_lens, head, num_kv_heads, *keys)
+                        arrays = (q, tree_masks, positions, output)
+                        segment = Segment(shape, cache, *arrays, *sequence, head, split, *keys, following)
                         _attend(segment, start, end)
             output.combine()
     return k.func

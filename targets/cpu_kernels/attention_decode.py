@@ -36,7 +36,7 @@ class Decode:
     def __init__(self, segment: Segment, token: Expr, first_head: Expr) -> None:
         self.segment, self.shape, self.cache = segment, segment.shape, segment.cache
         self.token, self.first_head = token, first_head
-        self.first, self.end = segment.key_range(token, token)
+        self.first, self.end = segment.key_range(segment.first_visible(token), token)
         self.heads = range(self.shape.heads)
 
     def attend(self) -> None:
@@ -54,6 +54,8 @@ class Decode:
                 start = bind(aligned + block * SCORE_BLOCK)
                 stop = bind(tirx.min(start + SCORE_BLOCK, self.end))
                 block_tops = self._score(scores, start, stop)
+                with T.If(tirx.And(self.segment.is_in_tree(self.token), stop > self.segment.base)), T.Then():
+                    self._hide_other_branches(scores, start, stop, block_tops)
                 shrinks = [
                     self._exponentiate(scores, h, start, stop, block_tops[h], tops[h], totals[h]) for h in self.heads
                 ]
@@ -123,6 +125,19 @@ class Decode:
         inside = key < splat(T.cast(stop, "int32"), lanes)
         return tirx.And(inside, key >= splat(T.cast(self.first, "int32"), lanes)) if self.shape.window else inside
 
+    def _hide_other_branches(self, scores: Buffer, start: Expr, stop: Expr, tops: list[Register]) -> None:
+        """LOWEST for keys that are not in the token's mask, and the maxima again."""
+        lanes, branch = self.shape.lanes, self.segment.branch(self.token)
+        for top in tops:
+            top.set(splat(LOWEST, lanes))
+        with T.serial(ceildiv(stop - start, lanes)) as block:
+            seen = bind(self.segment.on_branch(branch, start + block * lanes))
+            for h, top in enumerate(tops):
+                score = load(scores, h, block * lanes, lanes=lanes)
+                score = bind(T.Select(seen, score, splat(LOWEST, lanes)))
+                top.set(tirx.max(top.get(), score))
+                store(scores, score, h, block * lanes)
+
     def _exponentiate(
         self, scores: Buffer, h: int, start: Expr, stop: Expr, block_tops: Register, top: Register, total: Register
     ) -> Expr:
@@ -132,8 +147,9 @@ class Decode:
         shrink = exp(self.shape.isa, top.get() - new_top)
         sums = Register(splat(0.0, lanes))
         with T.serial(ceildiv(stop - start, lanes)) as block:
-            weight = exp(self.shape.isa, load(scores, h, block * lanes, lanes=lanes) - splat(new_top, lanes))
-            weight = bind(T.Select(self._valid(start + block * lanes, stop), weight, splat(0.0, lanes)))
+            score = bind(load(scores, h, block * lanes, lanes=lanes))
+            weight = exp(self.shape.isa, score - splat(new_top, lanes))
+            weight = bind(T.Select(score > splat(LOWEST, lanes), weight, splat(0.0, lanes)))
             store(scores, weight, h, block * lanes)
             sums.set(sums.get() + weight)
         total.set(total.get() * shrink + reduce_sum(sums.get()))

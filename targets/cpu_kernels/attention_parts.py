@@ -175,29 +175,68 @@ class Following:
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens of one sequence, one kv head, one split of the keys."""
+    """Tokens of one sequence, one kv head, one split of the keys.
+
+    Tokens of a tree are a sequence's last, so where the last token is of none, no other is.
+    """
 
     shape: Shape
     cache: Cache
     q: Buffer
+    tree_masks: Buffer
     positions: Buffer
     output: Output
     seq: Expr
+    base: Expr  # tokens of the sequence before this step, and with it
+    length: Expr
     head: Expr  # kv head
     split: Expr
     first_key: Expr  # of the split
     num_keys: Expr
     following: Following
 
-    def key_range(self, first_token: Expr, last_token: Expr) -> tuple[Expr, Expr]:
-        """[first, end) of the split's keys that these tokens see."""
-        end = bind(tirx.min(i64(load(self.positions, last_token)) + 1, self.first_key + self.num_keys))
-        return bind(tirx.max(self.first_visible(first_token), self.first_key)), end
+    def key_range(self, first: Expr, last_token: Expr) -> tuple[Expr, Expr]:
+        """[first, end) of the split's keys, `first` being the first key that is seen."""
+        end = bind(tirx.min(self.last_visible(last_token) + 1, self.first_key + self.num_keys))
+        return bind(tirx.max(first, self.first_key)), end
+
+    def first_seen(self, first_token: Expr, last_token: Expr) -> Expr:
+        """The first key that some of these tokens see: positions ascend, but for those in a tree."""
+        first = self.first_visible(first_token)
+        if not self.shape.window:
+            return first
+        of_base = tirx.max(self.base - (self.shape.window - 1), i64(0))
+        return T.Select(self.is_in_tree(last_token), of_base, first)
 
     def first_visible(self, token: Expr) -> Expr:
         if not self.shape.window:
             return i64(0)
-        return tirx.max(i64(load(self.positions, token)) - (self.shape.window - 1), i64(0))
+        first = bind(i64(load(self.positions, token)) - (self.shape.window - 1))
+        of_tree = tirx.min(first, self.base)  # a window is not held against the tree's own tokens
+        return tirx.max(T.Select(self.is_in_tree(token), of_tree, first), i64(0))
+
+    def last_visible(self, token: Expr) -> Expr:
+        return T.Select(self.is_in_tree(token), self.length - 1, i64(load(self.positions, token)))
+
+    def is_in_tree(self, token: Expr) -> Expr:
+        return tirx.NE(load(self.tree_masks, token), T.int32(0))
+
+    def branch(self, token: Expr) -> Expr:
+        """For `on_branch`: bit V + i tells of the key base + i; below are V ones, V being the vector length.
+
+        Ones throughout for a token of no tree.
+        """
+        lanes = self.shape.lanes
+        mask = i64(load(self.tree_masks, token)) & i64(0xFFFFFFFF)
+        return bind(T.Select(self.is_in_tree(token), (mask << i64(lanes)) | i64((1 << lanes) - 1), i64(-1)))
+
+    def on_branch(self, branch: Expr, key: Expr) -> Expr:
+        """Of a vector of keys, those before base and those in the token's mask."""
+        lanes = self.shape.lanes
+        shift = tirx.max(tirx.min(key - self.base + lanes, i64(63)), i64(0))
+        bits = splat(T.cast(branch >> shift, "int32"), lanes)
+        each = splat(T.int32(1), lanes) << T.ramp(T.int32(0), T.int32(1), lanes)
+        return tirx.NE(bits & each, splat(T.int32(0), lanes))
 
     def query_head(self, g: Expr) -> Expr:
         return self.head * self.shape.group + g

@@ -46,7 +46,8 @@ class Prefill:
         self.segment, self.shape, self.cache = segment, segment.shape, segment.cache
         self.start = start
         self.rows = bind((end - start) * self.shape.group)
-        self.first, self.end = segment.key_range(start, end - 1)
+        self.has_tree = bind(segment.is_in_tree(end - 1))
+        self.first, self.end = segment.key_range(segment.first_seen(start, end - 1), end - 1)
 
     @staticmethod
     def unit(total: Expr, column: Expr, element: Expr) -> Expr:
@@ -98,7 +99,7 @@ class Prefill:
             store(self.outputs, splat(0.0, lanes), row, v * lanes)
         store(self.tops, T.float32(LOWEST), tile, r)
         store(self.totals, T.float32(0.0), tile, r)
-        last = tirx.min(i64(load(self.segment.positions, token)), self.end - 1)
+        last = tirx.min(self.segment.last_visible(token), self.end - 1)
         store(self.lasts, T.cast(last, "int32"), tile, r)
         lowest = tirx.max(self.segment.first_visible(token), self.first)
         store(self.lowests, T.cast(lowest, "int32"), tile, r)
@@ -129,8 +130,9 @@ class Prefill:
                 self._add_values(tile, row, [i64(head_dim - lanes)], pairs)
 
     def _seen_pairs(self, tile: Expr, first: Expr) -> Expr:
-        """Pairs of vectors of keys up to the last key of the block that a tile sees: positions ascend."""
+        """Pairs of vectors of keys up to the last key of the block that a tile sees: positions ascend without trees."""
         last = i64(load(self.lasts, tile, self._rows_of(tile) - 1))
+        last = T.Select(self.has_tree, self.end - 1, last)
         num_keys = tirx.max(tirx.min(last + 1 - first, i64(self.key_block)), i64(0))
         return bind(ceildiv(num_keys, 2 * self.shape.lanes))
 
@@ -170,10 +172,17 @@ class Prefill:
                 store(self.scores, register.get(), r, column + c * lanes)
 
     def _exponentiate(self, tile: Expr, first: Expr, pairs: Expr) -> None:
-        """scores -> weights exp(score - top), 0 for keys that the row's token does not see; tops, totals and shrinks.
+        """scores -> weights exp(score - top), 0 for keys that the row does not see; tops, totals and shrinks."""
+        with T.If(tirx.And(self.has_tree, first + self.key_block > self.segment.base)):
+            with T.Then():
+                self._exponentiate_seen(tile, first, pairs, self._visible_on_branch)
+            with T.Else():
+                self._exponentiate_seen(tile, first, pairs, self._visible)
 
-        What is one number per row is computed for a vector of rows at a time.
-        """
+    def _exponentiate_seen(
+        self, tile: Expr, first: Expr, pairs: Expr, visible: Callable[[Expr, Expr, Expr], Expr]
+    ) -> None:
+        """What is one number per row is computed for a vector of rows at a time."""
         lanes = self.shape.lanes
         groups = [group * lanes for group in range(int(self.tops.ty.shape[1]) // lanes)]
         with T.serial(self._rows_of(tile)) as r:
@@ -181,7 +190,7 @@ class Prefill:
             with T.serial(pairs) as pair:
                 for at in (pair * (2 * lanes), pair * (2 * lanes) + lanes):
                     score = load(self.scores, r, at, lanes=lanes)
-                    seen = self._visible(tile, r, first + at)
+                    seen = visible(tile, r, first + at)
                     top.set(tirx.max(top.get(), T.Select(seen, score, splat(LOWEST, lanes))))
             store(self.sums, reduce_max(top.get()), tile, r)
         for group in groups:
@@ -194,7 +203,7 @@ class Prefill:
             with T.serial(pairs) as pair:
                 for at in (pair * (2 * lanes), pair * (2 * lanes) + lanes):
                     weight = exp(self.shape.isa, load(self.scores, r, at, lanes=lanes) - row_top)
-                    weight = bind(T.Select(self._visible(tile, r, first + at), weight, splat(0.0, lanes)))
+                    weight = bind(T.Select(visible(tile, r, first + at), weight, splat(0.0, lanes)))
                     self._store_row(self.weights, weight, r, at)
                     total.set(total.get() + weight)
             store(self.sums, reduce_sum(total.get()), tile, r)
@@ -211,6 +220,11 @@ class Prefill:
         if not self.shape.window:  # splits begin at a multiple of the vector length
             return seen
         return tirx.And(seen, keys >= splat(load(self.lowests, tile, r), lanes))
+
+    def _visible_on_branch(self, tile: Expr, r: Expr, key: Expr) -> Expr:
+        _, token, _ = self._row(tile, r)
+        branch = self.segment.branch(token)
+        return tirx.And(self._visible(tile, r, key), self.segment.on_branch(branch, key))
 
     def _shrink(self, tile: Expr, r: Expr) -> None:
         """Where `_add_values` does not multiply a row's outputs so far with its factor."""

@@ -42,7 +42,7 @@ HOW = "kernel: targets/cuda_kernels/attention.py"
 
 def rope_attention(spec: Attention, arch: str) -> DeviceKernel:
     """PrimFunc(qkv (n, (H + 2 KV) D); cos, sin (n, D / 2) f32; slots (n,) int32; pages; block_table, seq_lens,
-    query_start, positions as below; out (n, H, D)): rope_append, then paged_attention."""
+    query_start, tree_masks, positions as below; out (n, H, D)): rope_append, then paged_attention."""
     sizes = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.page_size)
     params = (*rope_params(*sizes, spec.kv_dtype), *_sequence_params(spec))
 
@@ -64,8 +64,8 @@ def rope_attention(spec: Attention, arch: str) -> DeviceKernel:
 
 
 def paged_attention(spec: Attention, arch: str) -> DeviceKernel:
-    """PrimFunc(q (n, H, D); pages; block_table (seqs, blocks); seq_lens (seqs,); query_start (seqs + 1,); positions
-    (n,), which is not read: tokens are the last of their sequences; out (n, H, D)).
+    """PrimFunc(q (n, H, D); pages; block_table (seqs, blocks); seq_lens (seqs,); query_start (seqs + 1,); tree_masks,
+    positions (n,), which are read of tokens in trees alone: others are the last of their sequences; out (n, H, D)).
 
     For what rope_attention is not made of; decoding is then that of prompts of one token.
     """
@@ -88,6 +88,7 @@ def _sequence_params(spec: Attention) -> list[Param]:
         Param("block_table", ("seqs", "blocks"), "int32"),
         Param("seq_lens", ("seqs",), "int32"),
         Param("query_start", ("seqs+1",), "int32"),
+        Param("tree_masks", ("n",), "int32"),
         Param("positions", ("n",), "int32"),
         Param("out", ("n", spec.num_heads, spec.head_dim), "float32", HALVES),
     ]
@@ -160,7 +161,7 @@ def _decode(layer: _Layer, qkv: str) -> tuple[Launch, str]:
     params += ["float* partials", "u32* arrivals", "int seqs", "int table_stride", "float scale"]
     body = f"attention_decode<{layer.cpp}, {warps}, {stages}>(out, qkv, cos, sin, slots, pages, block_table, seq_lens, "
     body += "partials, arrivals, seqs, table_stride, scale, 0);"
-    args = (*map(tensor, (9, 0, 1, 2, 3, 4, 5, 6)), scratch(), counters())
+    args = (*map(tensor, (10, 0, 1, 2, 3, 4, 5, 6)), scratch(), counters())
     numbers = (int32("seqs"), int32("blocks"), float32(spec.scale))
     shared = warps * stages * 2 * DECODE_KEYS * spec.head_dim * 2
     grid = (spec.num_kv_heads, layer.blocks, 1)
@@ -189,12 +190,13 @@ def _prefill(layer: _Layer, shape: tuple[int, int, int], q: list[object], first:
     spec = layer.spec
     name = f"attention_prefill_{layer.suffix}_{warps}_{blocks}_{keys}"
     params = [f"{layer.out}* out", f"const {layer.out}* q", f"const {layer.number}* pages", "const i32* block_table"]
-    params += ["const i32* seq_lens", "const i32* query_start", "int seqs", "int table_stride", "float scale"]
-    body = f"attention_prefill<{layer.cpp}, {warps}, {blocks}, {keys}>"
-    body += "(out, q, pages, block_table, seq_lens, query_start, seqs, table_stride, scale, 0);"
-    pages_to_query_start = map(tensor, range(first, first + 4))
+    params += ["const i32* seq_lens", "const i32* query_start", "const i32* tree_masks", "const i32* positions"]
+    params += ["int seqs", "int table_stride", "float scale"]
+    body = f"attention_prefill<{layer.cpp}, {warps}, {blocks}, {keys}>(out, q, pages, block_table, seq_lens, "
+    body += "query_start, tree_masks, positions, seqs, table_stride, scale, 0);"
+    pages_to_positions = map(tensor, range(first, first + 6))
     numbers = (int32("seqs"), int32("blocks"), float32(spec.scale))
-    args = (tensor(first + 5), q, *pages_to_query_start, *numbers)
+    args = (tensor(first + 6), q, *pages_to_positions, *numbers)
     rows = warps * blocks * 16  # (token, head of the group) pairs of a block
     tiles = ["+", ["//", times("n", layer.group), rows], "seqs"]
     shared = (rows + 4 * keys) * spec.head_dim * 2 + 8 * max(keys // spec.page_size, 1)

@@ -36,8 +36,8 @@ HOW = "kernel: targets/webgpu_kernels/attention.py"
 
 
 def paged_attention(spec: Attention) -> DeviceKernel:
-    """PrimFunc(q (n, H, D); pages; block_table (seqs, blocks); seq_lens (seqs,); query_start (seqs + 1,); positions
-    (n,), which is not read: tokens are the last of their sequences; out (n, H, D))."""
+    """PrimFunc(q (n, H, D); pages; block_table (seqs, blocks); seq_lens (seqs,); query_start (seqs + 1,); tree_masks,
+    positions (n,), which are read of tokens in trees alone: others are the last of their sequences; out (n, H, D))."""
     if spec.head_dim not in HEAD_DIMS:
         have = ", ".join(map(str, HEAD_DIMS))
         raise UnsupportedError(f"heads of {spec.head_dim} values are not supported on a GPU; have: {have}")
@@ -48,6 +48,7 @@ def paged_attention(spec: Attention) -> DeviceKernel:
         Param("block_table", ("seqs", "blocks"), "int32"),
         Param("seq_lens", ("seqs",), "int32"),
         Param("query_start", ("seqs+1",), "int32"),
+        Param("tree_masks", ("n",), "int32"),
         Param("positions", ("n",), "int32"),
         Param("out", heads, "float32"),
     )
@@ -100,7 +101,10 @@ class _Layer:
 
     def _any_step(self) -> tuple[Launch, str]:
         spec = self.spec
-        buffers = [*self._inputs(), Buffer("query_start", "i32", tensor(4)), Buffer("out", "vec4<f32>", tensor(6))]
+        buffers = [*self._inputs(), Buffer("query_start", "i32", tensor(4)), Buffer("tree_masks", "i32", tensor(5))]
+        if spec.window:
+            buffers.append(Buffer("positions", "i32", tensor(6)))
+        buffers.append(Buffer("out", "vec4<f32>", tensor(7)))  # the eighth at most: WebGPU promises no more
         numbers = {"seqs": int32("seqs"), "blocks": int32("blocks"), "scale": float32(spec.scale)}
         vectors = spec.head_dim // 4
         rows, chunk = (64, 4) if spec.head_dim <= 128 else (32, 8)  # 16 KiB of workgroup memory
@@ -114,7 +118,7 @@ class _Layer:
     def _decode(self, is_split: bool) -> tuple[Launch, str]:
         spec = self.spec
         rows = min(self.group, DECODE_ROWS)
-        out = Buffer("partials", "vec4<f32>", scratch()) if is_split else Buffer("out", "vec4<f32>", tensor(6))
+        out = Buffer("partials", "vec4<f32>", scratch()) if is_split else Buffer("out", "vec4<f32>", tensor(7))
         numbers = {"blocks": int32("blocks"), "scale": float32(spec.scale)}
         if is_split:
             numbers |= {"span": int32(self.span), "splits": int32(self.splits)}
@@ -125,7 +129,7 @@ class _Layer:
     def _combine(self) -> tuple[Launch, str]:
         spec = self.spec
         buffers = [Buffer("partials", "vec4<f32>", scratch()), Buffer("seq_lens", "i32", tensor(3))]
-        buffers.append(Buffer("out", "vec4<f32>", tensor(6)))
+        buffers.append(Buffer("out", "vec4<f32>", tensor(7)))
         numbers = {"span": int32(self.span), "splits": int32(self.splits)}
         values = {"H": spec.num_heads, "D": spec.head_dim, "WINDOW": spec.window}
         grid = (spec.num_heads, "seqs", 1)

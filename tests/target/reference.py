@@ -74,8 +74,13 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, position: int, scale: float, window: int) -> np.ndarray:
     """One token: q (H, D), keys and values (positions, KV, D) -> (H, D)."""
     first = max(0, position - window + 1) if window > 0 else 0
+    return attend_to(q, keys, values, np.arange(first, position + 1), scale)
+
+
+def attend_to(q: np.ndarray, keys: np.ndarray, values: np.ndarray, seen: np.ndarray, scale: float) -> np.ndarray:
+    """As `attend`, to the keys that are named."""
     group = q.shape[0] // keys.shape[1]
-    k, v = (np.repeat(a[first : position + 1], group, axis=1).astype(np.float64) for a in (keys, values))
+    k, v = (np.repeat(a[seen], group, axis=1).astype(np.float64) for a in (keys, values))
     scores = np.einsum("hd,phd->hp", q, k) * scale
     p = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("hp,phd->hd", p / p.sum(-1, keepdims=True), v)

@@ -64,3 +64,4 @@ class LogitsOnly:
         self.page_shape, self.copy_page = executor.page_shape, executor.copy_page
         self.supports_trees = executor.supports_trees
         self.read_page, self.write_page = executor.read_page, executor.write_page
+        self.supports_trees = executor.supports_trees

@@ -17,6 +17,7 @@ from mlcgen.targets.device_kernel import DeviceKernel
 from .cuda_build import run as run_kernel
 from .emulate_cuda import EmulatedKernel, Order, compile_kernel, needs_compiler
 from .reference import rotate
+from .trees import NewTokens
 
 pytestmark = needs_compiler
 
@@ -73,6 +74,12 @@ BATCHES = {
     "cached prefixes": [(63, 7), (16, 16), (1, 33), (130, 40)],
     "ragged": [(0, 0), (69, 1), (0, 40), (14, 1), (0, 0), (100, 3), (0, 0)],
 }
+# As (cached positions, new tokens of no tree, tokens of a tree).
+TREES = {
+    "no cache": [(0, 0, 32), (0, 0, 2), (0, 0, 1), (0, 3, 5)],
+    "beside others": [(130, 1, 9), (17, 1), (63, 0, 20), (64, 3, 29), (40, 40), (5, 0, 1), (100, 20, 12), (0, 0)],
+}
+PREFILL_LENGTHS = "const i32* query_start, const i32* tree_masks, const i32* positions, int sequences"
 
 
 def kernel_of(function: str, layer: Layer, shape: Sequence[int], inputs: str, lengths: str) -> EmulatedKernel:
@@ -98,43 +105,52 @@ class Batch:
     lengths: np.ndarray
     expected: np.ndarray
 
+    tree_masks: np.ndarray
+    positions: np.ndarray  # of tokens in trees; no kernel reads the others'
+
     @classmethod
     def random(
-        cls, layer: Layer, sequences: Sequence[tuple[int, int]], made: tuple[np.ndarray, np.ndarray] | None = None
+        cls,
+        layer: Layer,
+        sequences: Sequence[tuple[int, ...]],
+        made: tuple[np.ndarray, np.ndarray] | None = None,
+        seed: int = 0,
     ) -> "Batch":
         """Slots of pages that no token fills hold NaN, and entries of the table that no page fills are out of range.
 
         made: queries (n, H, D), and keys and values (n, 2, KV, D), of the new tokens, where they are not random.
         """
-        rng = np.random.default_rng(0)
-        counts = [-(-(cached + new) // layer.page) for cached, new in sequences]
+        rng = np.random.default_rng(seed)
+        tokens = [NewTokens.random(rng, *counts) for counts in sequences]
+        lengths = np.array([new.base + len(new) for new in tokens], np.int32)
+        counts = [-(-int(length) // layer.page) for length in lengths]
         shape = (sum(counts) + 1, 2, layer.kv, layer.page, layer.head_dim)
         pages = np.full(shape, np.nan, NUMBERS[layer.number])
         table = np.full((len(sequences), max(counts) + 1), 2**30, np.int32)
         free = list(rng.permutation(len(pages)))
         heads = layer.kv * layer.group
-        q = layer.spread * rng.standard_normal((sum(new for _, new in sequences), heads, layer.head_dim))
+        q = layer.spread * rng.standard_normal((sum(map(len, tokens)), heads, layer.head_dim))
         q = (q if made is None else made[0]).astype(NUMBERS[layer.activation])
         expected: list[np.ndarray] = []
-        for s, (cached, new) in enumerate(sequences):
+        for s, new in enumerate(tokens):
             for i in range(counts[s]):
                 table[s, i] = page = free.pop()
-                filled = min(layer.page, cached + new - i * layer.page)
+                filled = min(layer.page, int(lengths[s]) - i * layer.page)
                 pages[page, :, :, :filled] = rng.standard_normal((2, layer.kv, filled, layer.head_dim))
-            for i in range(new if made is not None else 0):
-                page, row = table[s, (cached + i) // layer.page], (cached + i) % layer.page
+            for i in range(len(new) if made is not None else 0):
+                page, row = table[s, (new.base + i) // layer.page], (new.base + i) % layer.page
                 pages[page, :, :, row] = made[1][len(expected) + i]
-            tokens = pages[table[s, : counts[s]]].transpose(1, 0, 3, 2, 4).reshape(2, -1, layer.kv, layer.head_dim)
-            for position in range(cached, cached + new):
-                expected.append(attend(layer, q[len(expected)], tokens[0], tokens[1], position))
-        lengths = np.array([cached + new for cached, new in sequences], np.int32)
-        return cls(q, pages, table, lengths, np.array(expected))
+            held = pages[table[s, : counts[s]]].transpose(1, 0, 3, 2, 4).reshape(2, -1, layer.kv, layer.head_dim)
+            for i in range(len(new)):
+                expected.append(attend(layer, q[len(expected)], *held[:, new.seen(i, layer.window)]))
+        masks, positions = (np.concatenate([getattr(new, name) for new in tokens]) for name in ("masks", "positions"))
+        positions = np.where(masks == 0, 2**30, positions).astype(np.int32)
+        return cls(q, pages, table, lengths, np.array(expected), masks, positions)
 
 
-def attend(layer: Layer, q: np.ndarray, keys: np.ndarray, values: np.ndarray, position: int) -> np.ndarray:
-    """One token: q (H, D), keys and values (positions, KV, D) -> (H, D)."""
-    first = max(0, position - layer.window + 1) if layer.window else 0
-    k, v = (np.repeat(a[first : position + 1].astype(np.float64), layer.group, axis=1) for a in (keys, values))
+def attend(layer: Layer, q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """One token: q (H, D), keys and values that it sees (keys, KV, D) -> (H, D)."""
+    k, v = (np.repeat(a.astype(np.float64), layer.group, axis=1) for a in (keys, values))
     logits = np.einsum("hd,phd->hp", q.astype(np.float64), k) * layer.scale
     if layer.capped:
         logits = CAP * np.tanh(logits / CAP)
@@ -233,7 +249,7 @@ def test_decode(layer: Layer) -> None:
 )
 def test_prefill(layer: Layer, shape: tuple[int, int, int]) -> None:
     inputs = f"const {layer.activation}* q, const {layer.number}* pages"
-    kernel = kernel_of("attention_prefill", layer, shape, inputs, "const i32* query_start, int sequences")
+    kernel = kernel_of("attention_prefill", layer, shape, inputs, PREFILL_LENGTHS)
     warps, blocks, keys = shape
     rows = warps * blocks * 16
 
@@ -242,14 +258,16 @@ def test_prefill(layer: Layer, shape: tuple[int, int, int]) -> None:
         tiles = len(batch.q) * layer.group // rows + len(batch.lengths)
         page_numbers = 2 * max(1, keys // layer.page) * 4
         shared = (rows + 4 * keys) * layer.head_dim * 2 + page_numbers
-        sequences = (batch.block_table, batch.lengths, starts, len(batch.lengths), batch.block_table.shape[1])
+        trees = (batch.tree_masks, batch.positions)
+        sequences = (batch.block_table, batch.lengths, starts, *trees, len(batch.lengths), batch.block_table.shape[1])
         args = (out, batch.q, batch.pages, *sequences, layer.scale, CAP)
         kernel((layer.kv, tiles), warps * 32, args, shared, order)
         return out
 
-    for sequences in BATCHES.values():
-        batch = Batch.random(layer, sequences)
-        starts = np.cumsum([0, *(new for _, new in sequences)], dtype=np.int32)
+    seed = int(np.random.default_rng().integers(1 << 30))
+    for sequences in [*BATCHES.values(), *TREES.values()]:
+        batch = Batch.random(layer, sequences, seed=seed)
+        starts = np.cumsum([0, *(sum(new) for _, *new in sequences)], dtype=np.int32)
         out = run(batch, starts, "ascending")
         assert_close(layer, out[:-2], batch.expected)
         assert (out[-2:] == 7).all()
@@ -265,7 +283,8 @@ def test_a_step_of_decodes_in_one_kernel_and_in_two() -> None:
     batch, count = step.batch, len(step.slots)
     symbols = {"n": count, "seqs": count, "blocks": batch.block_table.shape[1], "num_pages": len(step.pages)}
     projections = (step.qkv.reshape(count, -1), *step.angles, step.slots)
-    sequences = (batch.block_table, batch.lengths, np.arange(count + 1, dtype=np.int32), batch.lengths - 1)
+    starts, no_trees = np.arange(count + 1, dtype=np.int32), np.zeros(count, np.int32)
+    sequences = (batch.block_table, batch.lengths, starts, no_trees, batch.lengths - 1)
 
     def run(kernel: DeviceKernel, is_decode: int, *arrays: np.ndarray) -> list[str]:
         dtypes = ["float16" if p.narrow else p.dtype for p in kernel.params]

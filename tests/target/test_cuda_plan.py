@@ -26,7 +26,8 @@ from mlcgen.weights import storage_plan
 
 from .emulate_cuda import needs_compiler
 from .emulated_device import EmulatedDevice
-from .small_model import CONFIG, PAGE_SIZE, PAGES, OneAtATime, generate
+from .small_model import CONFIG, PAGE_SIZE, PAGES, VOCAB, OneAtATime, generate
+from .trees import check_model
 
 pytestmark = needs_compiler
 
@@ -97,6 +98,13 @@ def test_plan_gives_the_logits_of_the_cpu(compiled: Callable[[str], Path], quant
         error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
         assert error < (2e-2 if quantization == "bf16" else 3e-3), (before, counts, error)
     assert any("attention_decode" in name for name in device.launched)
+    assert any("attention_prefill" in name for name in device.launched)
+
+
+def test_paths_of_trees_have_the_logits_of_plain_sequences(compiled: Callable[[str], Path]) -> None:
+    path = compiled("bf16")
+    executor, device = emulated(path)
+    check_model(executor, load_executor(path, "cpu", num_pages=PAGES).executor, VOCAB, 2e-2)
     assert any("attention_prefill" in name for name in device.launched)
 
 

@@ -14,7 +14,8 @@ from mlcgen.targets.base import Attention
 from mlcgen.targets.device_kernel import DeviceKernel
 from mlcgen.targets.webgpu_kernels import HEAD_DIMS, paged_attention
 
-from .reference import attend, from_storage, to_storage
+from .reference import attend_to, from_storage, to_storage
+from .trees import NewTokens
 from .webgpu_build import run
 
 
@@ -57,6 +58,9 @@ BATCHES = {
     "whole prompts": [(0, 15), (0, 16), (0, 17), (0, 70)],
     "cached prefixes": [(63, 7), (16, 16), (1, 33), (300, 40)],
     "ragged": [(0, 0), (69, 1), (0, 40), (14, 1), (0, 0), (100, 3), (0, 0)],
+    # And tokens of a tree.
+    "trees": [(0, 0, 32), (0, 0, 1), (0, 3, 5), (0, 0)],
+    "trees beside others": [(130, 1, 9), (17, 1), (63, 0, 20), (64, 3, 29), (40, 40), (5, 0, 1), (100, 20, 12)],
 }
 CONTEXTS = {
     "first token": [1],
@@ -74,34 +78,41 @@ class Batch:
     pages: np.ndarray
     block_table: np.ndarray
     lengths: np.ndarray
+    starts: np.ndarray
+    tree_masks: np.ndarray
+    positions: np.ndarray  # of tokens in trees; nobody reads the others'
     expected: np.ndarray
 
     @classmethod
-    def random(cls, layer: Layer, sequences: Sequence[tuple[int, int]]) -> "Batch":
+    def random(cls, layer: Layer, sequences: Sequence[tuple[int, ...]]) -> "Batch":
         """Slots of pages that no token fills hold NaN, and entries of the table that no page fills are out of range."""
         rng = np.random.default_rng(len(sequences))
-        counts = [-(-(cached + new) // layer.page) for cached, new in sequences]
+        tokens = [NewTokens.random(rng, *counts) for counts in sequences]
+        lengths = np.array([new.base + len(new) for new in tokens], np.int32)
+        counts = [-(-int(length) // layer.page) for length in lengths]
         shape = (sum(counts) + 1, 2, layer.kv, layer.page, layer.head_dim)
         values = np.full(shape, np.nan, np.float32)
         table = np.full((len(sequences), max(counts) + 1), 2**30, np.int32)
         free = list(rng.permutation(len(values)))
-        for s, (cached, new) in enumerate(sequences):
+        for s, length in enumerate(lengths):
             for i in range(counts[s]):
                 table[s, i] = page = free.pop()
-                filled = min(layer.page, cached + new - i * layer.page)
+                filled = min(layer.page, int(length) - i * layer.page)
                 values[page, :, :, :filled] = rng.standard_normal((2, layer.kv, filled, layer.head_dim))
         pages = to_storage(values, layer.kv_dtype)
-        total = sum(new for _, new in sequences)
+        total = sum(map(len, tokens))
         q = layer.spread * rng.standard_normal((total, layer.kv * layer.group, layer.head_dim)).astype(np.float32)
         expected: list[np.ndarray] = []
-        for s, (cached, new) in enumerate(sequences):
+        for s, new in enumerate(tokens):
             held = from_storage(pages[table[s, : counts[s]]], layer.kv_dtype).transpose(1, 0, 3, 2, 4)
             keys, values_ = held.reshape(2, -1, layer.kv, layer.head_dim)
             scale = 1 / math.sqrt(layer.head_dim)
-            for position in range(cached, cached + new):
-                expected.append(attend(q[len(expected)], keys, values_, position, scale, layer.window))
-        lengths = np.array([cached + new for cached, new in sequences], np.int32)
-        return cls(q, pages, table, lengths, np.array(expected))
+            for i in range(len(new)):
+                expected.append(attend_to(q[len(expected)], keys, values_, new.seen(i, layer.window), scale))
+        masks, positions = (np.concatenate([getattr(new, name) for new in tokens]) for name in ("masks", "positions"))
+        positions = np.where(masks == 0, 2**30, positions).astype(np.int32)
+        starts = np.cumsum([0, *map(len, tokens)], dtype=np.int32)
+        return cls(q, pages, table, lengths, starts, masks, positions, np.array(expected))
 
 
 def symbols(batch: Batch, num_tokens: int, is_decode: int) -> dict[str, int]:
@@ -112,12 +123,11 @@ def symbols(batch: Batch, num_tokens: int, is_decode: int) -> dict[str, int]:
 
 @each_layer(LAYERS)
 @pytest.mark.parametrize("sequences", BATCHES.values(), ids=BATCHES)
-def test_any_step(layer: Layer, sequences: list[tuple[int, int]]) -> None:
+def test_any_step(layer: Layer, sequences: list[tuple[int, ...]]) -> None:
     batch = Batch.random(layer, sequences)
-    starts = np.cumsum([0, *(new for _, new in sequences)], dtype=np.int32)
     out = np.full(batch.q.shape, np.nan, np.float32)
-    positions = np.full(len(out), 2**30, np.int32)  # nobody reads them
-    arrays = (batch.q, batch.pages, batch.block_table, batch.lengths, starts, positions, out)
+    step = (batch.starts, batch.tree_masks, batch.positions)
+    arrays = (batch.q, batch.pages, batch.block_table, batch.lengths, *step, out)
     run(layer.kernel, arrays, symbols(batch, len(out), 0))
     np.testing.assert_allclose(out, batch.expected, rtol=2e-5, atol=2e-5)
 
@@ -131,8 +141,8 @@ def test_decode(layer: Layer, contexts: list[int]) -> None:
     q = np.full((len(contexts), *batch.q.shape[1:]), np.nan, np.float32)
     q[used] = batch.q
     out = np.full(q.shape, 7, np.float32)
-    starts = positions = np.full(len(contexts) + 1, 2**30, np.int32)  # nobody reads them
-    arrays = (q, batch.pages, batch.block_table, batch.lengths, starts, positions, out)
+    starts = masks = positions = np.full(len(contexts) + 1, 2**30, np.int32)  # nobody reads them
+    arrays = (q, batch.pages, batch.block_table, batch.lengths, starts, masks, positions, out)
     names = run(layer.kernel, arrays, symbols(batch, len(q), 1))
     seen = min(max(contexts), layer.window or max(contexts))
     assert [name.split("_")[1] for name in names] == (["split", "combine"] if seen > 128 else ["decode"])

@@ -183,15 +183,27 @@ class Device:
     def download(self, to: np.ndarray, source: int) -> None: ...
 
 
+def executor_of(plan: dict[str, Any], device: Device) -> PlanExecutor:
+    return PlanExecutor(device, plan, MANIFEST, dict.fromkeys(plan["weights"], 1 << 20), 2)  # type: ignore[arg-type]
+
+
 def run(plan: dict[str, Any]) -> list[str]:
     """Start a prompt of 3 tokens, then one token more; returns what was launched."""
     device = Device()
-    weights = dict.fromkeys(plan["weights"], 1 << 20)
-    executor = PlanExecutor(device, plan, MANIFEST, weights, 2)  # type: ignore[arg-type]
+    executor = executor_of(plan, device)
     for tokens in (3, 1):
         arrays = [np.zeros(size, np.int32) for size in (tokens, tokens, tokens, (1, 2), 1, 2, 1)]
         executor.step(StepInput(*arrays))
     return device.launched
+
+
+def test_a_plan_of_a_version_before_trees(tmp_path: Path) -> None:
+    inputs = {name: spec for name, spec in PLAN["inputs"].items() if name != "tree_masks"}
+    plan = read_plan(written(tmp_path, PLAN | {"inputs": inputs}))
+    assert run(plan) == run(PLAN)
+    assert [executor_of(each, Device()).supports_trees for each in (plan, PLAN)] == [False, True]
+    with pytest.raises(ArtifactError, match=r"inputs\.tree_masks is missing or no object"):
+        read_plan(written(tmp_path, PLAN | {"inputs": inputs | {"tree_masks": None}}))
 
 
 def test_a_plan(tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ class Tools:
         slots = tables[owner, positions // page_size] * page_size + positions % page_size
         lens, starts = np.add(before, counts), np.cumsum([0, *counts])
         named = {"positions": positions, "slots": slots, "tables": tables, "lens": lens, "starts": starts}
+        named["masks"] = np.zeros(len(positions))
         return {name: array.astype("i4") for name, array in named.items()}
 
 

@@ -48,7 +48,7 @@ def unsplit_qkv(tools):
 def fused(tools):
     ty = pages_type(LAYOUT)
 
-    def body(builder, qkv, positions, cos, sin, slots, table, lens, starts, pages):
+    def body(builder, qkv, positions, cos, sin, slots, table, lens, starts, masks, pages):
         kernels = tools.target.kernels
         rope_append = kernels.rope_append(HEADS, KV_HEADS, DIM, LAYOUT.page_size, LAYOUT.dtype)
         gv = builder.add_func(rope_append.without_attr("global_symbol"), "rope_append")
@@ -58,7 +58,7 @@ def fused(tools):
         spec = Attention(HEADS, KV_HEADS, DIM, LAYOUT.page_size, LAYOUT.dtype, DIM**-0.5, 0)
         kernel = kernels.paged_attention(spec)
         attend = builder.add_func(kernel.without_attr("global_symbol"), "paged_attention")
-        return relax.call_tir(attend, [q, appended, table, lens, starts, positions], q_ty)
+        return relax.call_tir(attend, [q, appended, table, lens, starts, masks, positions], q_ty)
 
     inputs = [tools.var("qkv", tools.n, sum(SIZES)), positions(tools), *tables(tools), *index_inputs(tools.n)]
     inputs.append(relax.Var("pages_0", ty))
@@ -128,7 +128,7 @@ def test_both_forms_agree(tools, rng):
     step["slots"][4] = -1  # one token is not kept, nor seen: attention still reads zeros there
     qkv, (cos, sin) = rng.normal(size=(9, sum(SIZES))).astype("f4"), angles(rng, 9)
     q, k, v = (a.reshape(9, -1, DIM) for a in np.split(qkv, np.cumsum(SIZES[:2]), axis=1))
-    indices = [step[name] for name in ("slots", "tables", "lens", "starts")]
+    indices = [step[name] for name in ("slots", "tables", "lens", "starts", "masks")]
     pages = [tools.tensor(np.zeros((5, 2, KV_HEADS, LAYOUT.page_size, DIM), "f4")) for _ in range(2)]
     one = fuse_rope(split_qkv(tools), LAYOUT, tools.target)
     two = fuse_rope(unsplit_qkv(tools), LAYOUT, tools.target)

@@ -24,13 +24,13 @@ def attended(tools):
 def paged(tools, layout):
     ty = pages_type(layout)
 
-    def body(builder, q, positions, k, v, slots, table, lens, starts, pages):
+    def body(builder, q, positions, k, v, slots, table, lens, starts, masks, pages):
         append = builder.add_func(append_kernel(layout).without_attr("global_symbol"), "append")
         appended = builder.emit(relax.call_tir_inplace(append, [k, v, slots, pages], 3, ty))
         spec = Attention(HEADS, KV_HEADS, DIM, layout.page_size, layout.dtype, DIM**-0.5, 0)
         kernel = tools.target.kernels.paged_attention(spec).without_attr("global_symbol")
         gv = builder.add_func(kernel, "paged_attention")
-        return relax.call_tir(gv, [q, appended, table, lens, starts, positions], q.ty)
+        return relax.call_tir(gv, [q, appended, table, lens, starts, masks, positions], q.ty)
 
     inputs = [*params(tools), *index_inputs(tools.n), relax.Var("pages_0", ty)]
     return tools.forward(inputs, body, len(inputs))
@@ -122,7 +122,7 @@ def test_whole_model_equals_the_reference(tools, rng, model_type, page_size):
         step = tools.batch(tables, before, counts, page_size)
         ids = np.concatenate([t[b : b + c] for t, b, c in zip(tokens, before, counts, strict=True)])
         rows = rng.permutation(len(ids)).astype("i4")
-        indices = [step[name] for name in ("positions", "slots", "tables", "lens", "starts")]
+        indices = [step[name] for name in ("positions", "slots", "tables", "lens", "starts", "masks")]
         logits = tools.call(vm, ids, indices[0], rows, *indices[1:], *pages, *weights)
         expected = np.concatenate([w[b : b + c] for w, b, c in zip(wanted, before, counts, strict=True)])
         np.testing.assert_allclose(logits, expected[rows], rtol=1e-4, atol=1e-4)
