@@ -29,6 +29,7 @@ def load_engine(
     num_threads: int | None = None,
     gpu_memory_utilization: float = 0.9,
     options: EngineOptions | None = None,
+    weight_memory: int | None = None,
 ) -> Engine:
     """An engine on the artifact at `path`. Arguments and errors as in `LLM`."""
     from mlcgen.runtime.load import load_executor  # late: it brings the device's libraries
@@ -40,6 +41,7 @@ def load_engine(
         max_batch=max_batch,
         num_threads=num_threads,
         gpu_memory_utilization=gpu_memory_utilization,
+        weight_memory=weight_memory,
     )
     tokenizer = Tokenizer(model.tokenizer_path, model.tokenizer_config) if model.tokenizer_path else None
     return Engine(model.executor, tokenizer, model.eos_token_ids, model.context_length, model.max_batch, options)
@@ -51,7 +53,8 @@ class LLM:
     path: an artifact directory. target: "auto" or a name as in `mlcgen run --target`. num_pages: size of the KV cache
     (None: what memory allows). max_batch: sequences per step (None: as compiled). num_threads: CPU threads (None: all
     cores). gpu_memory_utilization: share of a GPU's memory that weights, workspace and KV cache may take together.
-    options: how the engine serves.
+    options: how the engine serves. weight_memory: bytes for weights on the device, or of a CPU's memory (None: as much
+    as there are); layers that do not fit are streamed in each step, from the host's memory or from the file.
     Raises ArtifactError or TargetError if the artifact cannot run here, DeviceError where memory is short.
     """
 
@@ -64,8 +67,11 @@ class LLM:
         num_threads: int | None = None,
         gpu_memory_utilization: float = 0.9,
         options: EngineOptions | None = None,
+        weight_memory: int | None = None,
     ) -> None:
-        self.engine = load_engine(path, target, num_pages, max_batch, num_threads, gpu_memory_utilization, options)
+        self.engine = load_engine(
+            path, target, num_pages, max_batch, num_threads, gpu_memory_utilization, options, weight_memory
+        )
         self._ids = itertools.count()
 
     @property
@@ -173,6 +179,7 @@ class AsyncEngine:
         num_threads: int | None = None,
         gpu_memory_utilization: float = 0.9,
         options: EngineOptions | None = None,
+        weight_memory: int | None = None,
     ) -> None:
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}  # the engine's thread only
@@ -180,7 +187,8 @@ class AsyncEngine:
         self._lock = threading.Lock()
         self._is_closed = False
         loaded: Future[Engine] = Future()
-        load = partial(load_engine, path, target, num_pages, max_batch, num_threads, gpu_memory_utilization, options)
+        sizes = num_pages, max_batch, num_threads, gpu_memory_utilization
+        load = partial(load_engine, path, target, *sizes, options, weight_memory)
         self._thread = threading.Thread(target=self._run, args=(load, loaded), name="mlcgen-engine", daemon=True)
         self._thread.start()
         engine = loaded.result()

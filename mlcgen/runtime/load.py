@@ -35,11 +35,14 @@ def load_executor(
     max_batch: int | None = None,
     num_threads: int | None = None,
     gpu_memory_utilization: float = 0.9,
+    weight_memory: int | None = None,
 ) -> LoadedModel:
     """Load the artifact at `path`.
 
     num_pages: pages of the KV cache; None takes what the batch can use, at most half of the free memory, or what
     `gpu_memory_utilization` of a GPU's memory leaves after weights and workspace.
+    weight_memory: bytes that weights may take of the device's memory, or of a CPU's; layers that do not fit are streamed
+    in each step. None: all are there.
     Raises ArtifactError for damage, TargetError where nothing in it runs here, DeviceError where memory is short.
     """
     manifest = artifact.read_manifest(path)
@@ -52,7 +55,8 @@ def load_executor(
     batch = _batch(manifest, max_batch)
     executor: Executor
     if entry["executor"] == "plan":
-        executor = load_plan(entry["kind"], library, manifest, weights, num_pages, batch, gpu_memory_utilization)
+        sizes = num_pages, batch, gpu_memory_utilization, weight_memory
+        executor = load_plan(entry["kind"], library, manifest, weights, *sizes)
     else:
         if weights is None:
             raise ArtifactError(f"{path} has no weights, and {entry['name']} cannot make random ones")
