@@ -6,7 +6,7 @@ import importlib.util
 import mmap
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from mlcgen.errors import ArtifactError, RequestError
 from mlcgen.runtime.cpu import usable_cores
 from mlcgen.runtime.executor import Float32, StepInput, Uint8
+from mlcgen.runtime.mapped_layers import MappedLayers
 from mlcgen.safetensors import ALIGNMENT
 
 KV_STORAGE = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
@@ -77,6 +78,7 @@ class VmExecutor:
         num_pages: int,
         max_tokens_per_step: int,
         num_threads: int | None = None,
+        stream: MappedLayers | None = None,
     ) -> None:
         threads = num_threads or usable_cores()
         os.environ.setdefault("TVM_NUM_THREADS", str(threads))  # read when the first kernel runs
@@ -98,6 +100,9 @@ class VmExecutor:
         self.page_shape = len(pages), self._page_bytes[0].shape[1]
         self._pages = [self._tensor(page) for page in pages]
         self._weights = [self._tensor(weights[name]) for name in manifest["entry"]["weights"]]
+        self.stream = stream
+        if stream is not None:
+            self._vm["set_instrument"](_entering(stream))
         self._inputs: list[str] = list(manifest["entry"]["inputs"])
         self._staged: dict[str, tuple[npt.NDArray[Any], Any]] = {}
 
@@ -136,6 +141,21 @@ class VmExecutor:
             self._staged[name] = held, tensor
         held[...] = array
         return tensor
+
+
+def _entering(stream: MappedLayers) -> Callable[..., None]:
+    """What the VM calls before and after each function that it calls: its arguments tell which layer comes."""
+    from tvm_ffi import Tensor
+
+    layer_at = stream.layer_at
+
+    def called(function: Any, name: str, is_before: bool, result: Any, *args: Any) -> None:
+        if is_before and not name.startswith("vm.builtin."):  # those check shapes, and read no weights
+            for arg in args:
+                if isinstance(arg, Tensor) and (layer := layer_at.get(arg.data_ptr())) is not None:
+                    stream.enter(layer)
+
+    return called
 
 
 def _zero_pages(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:

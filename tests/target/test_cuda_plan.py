@@ -35,7 +35,7 @@ pytestmark = needs_compiler
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """compiled(quantization, number of layers) -> artifact for the CPU and for CUDA, the latter's machine code being its source.
+    """compiled(quantization, layers) -> artifact for the CPU and for CUDA, the latter's machine code being its source.
 
     Under q4 with values in 8 bits, as GGUF files mix them: q, k and v are then products of their own.
     """
