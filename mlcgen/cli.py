@@ -104,6 +104,10 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: 
 GpuMemory = Annotated[
     float, typer.Option("--gpu-memory-utilization", min=0.05, max=1.0, help="Share of a GPU's memory to use.")
 ]
+WeightMemory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Device memory for weights, such as 4GiB; layers beyond it are streamed."),
+]
 NumPages = Annotated[int | None, typer.Option(min=1, help="KV cache size; default: what memory allows.")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Tokens to generate at most.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the most likely token.")]
@@ -179,6 +183,7 @@ def run(
     max_batch: Annotated[int | None, typer.Option(min=1, help="Sequences per step; default: as compiled.")] = None,
     threads: Threads = None,
     gpu_memory_utilization: GpuMemory = 0.9,
+    weight_memory: WeightMemory = None,
     as_json: Json = False,
 ) -> None:
     """Complete prompts; one prompt streams, several run as one batch."""
@@ -198,7 +203,8 @@ def run(
         logprobs=logprobs,
     )
     with output.waiting("loading"):
-        llm = LLM(artifact, target, num_pages, max_batch, threads, gpu_memory_utilization)
+        sizes = num_pages, max_batch, threads, gpu_memory_utilization
+        llm = LLM(artifact, target, *sizes, weight_memory=weight_memory)
     if target == "auto":
         output.chosen_target(artifact)
     if len(prompts) == 1 and not as_json:
@@ -224,6 +230,7 @@ def chat(
     num_pages: NumPages = None,
     threads: Threads = None,
     gpu_memory_utilization: GpuMemory = 0.9,
+    weight_memory: WeightMemory = None,
 ) -> None:
     """Talk with a model. /reset forgets, /exit or end of input leaves, Ctrl-C stops an answer."""
     from mlcgen.runtime.llm import LLM
@@ -233,7 +240,7 @@ def chat(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=max_tokens
     )
     with output.waiting("loading"):
-        llm = LLM(artifact, target, num_pages, 1, threads, gpu_memory_utilization)
+        llm = LLM(artifact, target, num_pages, 1, threads, gpu_memory_utilization, weight_memory=weight_memory)
     _converse(llm, params, [{"role": "system", "content": system}] if system else [])
 
 

@@ -29,7 +29,7 @@ def load_engine(
     num_threads: int | None = None,
     gpu_memory_utilization: float = 0.9,
     options: EngineOptions | None = None,
-    weight_memory: int | None = None,
+    weight_memory: int | str | None = None,
 ) -> Engine:
     """An engine on the artifact at `path`. Arguments and errors as in `LLM`."""
     from mlcgen.runtime.load import load_executor  # late: it brings the device's libraries
@@ -53,9 +53,10 @@ class LLM:
     path: an artifact directory. target: "auto" or a name as in `mlcgen run --target`. num_pages: size of the KV cache
     (None: what memory allows). max_batch: sequences per step (None: as compiled). num_threads: CPU threads (None: all
     cores). gpu_memory_utilization: share of a GPU's memory that weights, workspace and KV cache may take together.
-    options: how the engine serves. weight_memory: bytes for weights on the device, or of a CPU's memory (None: as much
-    as there are); layers that do not fit are streamed in each step, from the host's memory or from the file.
-    Raises ArtifactError or TargetError if the artifact cannot run here, DeviceError where memory is short.
+    options: how the engine serves. weight_memory: bytes ("4GiB" too) that weights may take of the
+    device's memory, or of a CPU's; layers that do not fit are streamed in each step. None: all are there.
+    Raises ArtifactError or TargetError if the artifact cannot run here, DeviceError where memory is short, RequestError
+    for an option that cannot be.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class LLM:
         num_threads: int | None = None,
         gpu_memory_utilization: float = 0.9,
         options: EngineOptions | None = None,
-        weight_memory: int | None = None,
+        weight_memory: int | str | None = None,
     ) -> None:
         self.engine = load_engine(
             path, target, num_pages, max_batch, num_threads, gpu_memory_utilization, options, weight_memory
@@ -179,7 +180,7 @@ class AsyncEngine:
         num_threads: int | None = None,
         gpu_memory_utilization: float = 0.9,
         options: EngineOptions | None = None,
-        weight_memory: int | None = None,
+        weight_memory: int | str | None = None,
     ) -> None:
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}  # the engine's thread only

@@ -12,7 +12,7 @@ from mlcgen.runtime.executor import Executor
 from mlcgen.runtime.kv_size import page_bytes, useful_pages
 from mlcgen.runtime.load_plan import load_plan
 from mlcgen.runtime.mapped_layers import MappedLayers
-from mlcgen.runtime.offload import divide
+from mlcgen.runtime.offload import divide, num_bytes
 from mlcgen.runtime.target_choice import choose_target
 from mlcgen.runtime.vm_executor import VmExecutor, load_runtime_library
 
@@ -37,16 +37,18 @@ def load_executor(
     max_batch: int | None = None,
     num_threads: int | None = None,
     gpu_memory_utilization: float = 0.9,
-    weight_memory: int | None = None,
+    weight_memory: int | str | None = None,
 ) -> LoadedModel:
     """Load the artifact at `path`.
 
     num_pages: pages of the KV cache; None takes what the batch can use, at most half of the free memory, or what
     `gpu_memory_utilization` of a GPU's memory leaves after weights and workspace.
-    weight_memory: bytes that weights may take of the device's memory, or of a CPU's; layers that do not fit are
-    streamed in each step. None: all are there.
-    Raises ArtifactError for damage, TargetError where nothing in it runs here, DeviceError where memory is short.
+    weight_memory: bytes ("4GiB" too) that weights may take of the device's memory, or of a CPU's; layers that do not
+    fit are streamed in each step. None: all are there.
+    Raises ArtifactError for damage, TargetError where nothing in it runs here, DeviceError where memory is short,
+    RequestError for a weight_memory that is no size.
     """
+    budget = None if weight_memory is None else num_bytes(weight_memory)
     manifest = artifact.read_manifest(path)
     entry = choose_target(manifest["targets"], target)
     library = artifact.check_hash(path, entry)
@@ -58,7 +60,7 @@ def load_executor(
     batch = _batch(manifest, max_batch)
     executor: Executor
     if entry["executor"] == "plan":
-        sizes = num_pages, batch, gpu_memory_utilization, weight_memory
+        sizes = num_pages, batch, gpu_memory_utilization, budget
         executor = load_plan(entry["kind"], library, manifest, weights, *sizes)
     else:
         if weights is None or weights_file is None:
@@ -66,7 +68,7 @@ def load_executor(
         load_runtime_library(_carried_runtime(path, manifest))
         pages = num_pages or default_num_pages(manifest, batch)
         limit = int(entry["max_tokens_per_step"])
-        stream = _stream(weights_file, weights, manifest["entry"]["weights"], weight_memory)
+        stream = _stream(weights_file, weights, manifest["entry"]["weights"], budget)
         executor = VmExecutor(library, manifest, weights, pages, limit, num_threads, stream)
     config = artifact.read_tokenizer_config(path)
     eos = [int(token) for token in manifest["model"].get("eos_token_ids", [])]
@@ -75,11 +77,9 @@ def load_executor(
     )
 
 
-def _stream(
-    file: Path, weights: Mapping[str, Any], names: Sequence[str], weight_memory: int | None
-) -> MappedLayers | None:
+def _stream(file: Path, weights: Mapping[str, Any], names: Sequence[str], budget: int | None) -> MappedLayers | None:
     """What brings the layers that do not stay in memory; None where all do."""
-    division = divide({name: int(weights[name].nbytes) for name in names}, weight_memory)
+    division = divide({name: int(weights[name].nbytes) for name in names}, budget)
     return MappedLayers(file, weights, division.streamed) if division.streamed else None
 
 

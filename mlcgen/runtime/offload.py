@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 from mlcgen.errors import DeviceError, RequestError
 
-__all__ = ["Division", "divide", "layer_of", "parse_bytes"]
+__all__ = ["Division", "divide", "layer_of", "num_bytes"]
 
 SLOTS = 2  # buffers that streamed layers take turns in: one is read while the next is filled
-_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,11 @@ def divide(sizes: Mapping[str, int], budget: int | None) -> Division:
         if (layer := layer_of(name)) is not None:
             layers.setdefault(layer, []).append(name)
     each = [layers[number] for number in sorted(layers)]
-    num_bytes = [sum(sizes[name] for name in names) for names in each]
+    large = [sum(sizes[name] for name in names) for names in each]
     total, least = sum(sizes.values()), sum(sizes.values())
     for count in [0, *range(SLOTS + 1, len(each) + 1)]:
         chosen = [i for i in range(len(each)) if (i + 1) * count // len(each) > i * count // len(each)]
-        slot, streamed = max((num_bytes[i] for i in chosen), default=0), sum(num_bytes[i] for i in chosen)
+        slot, streamed = max((large[i] for i in chosen), default=0), sum(large[i] for i in chosen)
         held = total - streamed + SLOTS * slot
         if held <= budget:
             moving = {name for i in chosen for name in each[i]}
@@ -58,15 +56,17 @@ def layer_of(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isascii() and part.isdigit() and len(part) < 9), None)
 
 
-def parse_bytes(text: str) -> int:
-    """4GiB, 512MB, 1.5 GiB or a number of bytes. Raises RequestError for anything else."""
-    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]?I?B?)\s*", text.upper(), re.ASCII)
-    if found:
-        unit = found[2] + "B" * (found[2] != "" and not found[2].endswith("B"))
-        if (size := int(float(found[1]) * _UNITS.get(unit, 1 if unit == "B" else 0))) > 0:
-            return size
-    raise RequestError(f"{text[:40]!r} is no size of memory; write 4GiB, 512MiB or a number of bytes")
+def num_bytes(size: int | str) -> int:
+    """A number of bytes, or 4GiB, 512MB, "1.5 GiB". Raises RequestError for anything else."""
+    if isinstance(size, int) and size > 0:
+        return size
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]?)(I?)B?\s*", str(size)[:40].upper(), re.ASCII)
+    if found and (found[2] or not found[3]):
+        unit: int = (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ")
+        if (parsed := int(float(found[1]) * unit)) > 0:
+            return parsed
+    raise RequestError(f"weight_memory {str(size)[:40]!r} is no size; write 4GiB, 512MB or a number of bytes")
 
 
-def _shown(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 1 << 30 else f"{num_bytes / 2**20:.2f} MiB"
+def _shown(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 1 << 30 else f"{size / 2**20:.2f} MiB"

@@ -47,6 +47,11 @@ def test_smollm2_alone_and_as_one_batch(compile_smollm2: Compile, page_size: int
     assert_golden(llm.generate(prompts, greedy(SMOLLM2)), SMOLLM2)
 
 
+def test_smollm2_with_half_of_its_weights_in_memory(compile_smollm2: Compile) -> None:
+    llm = LLM(compile_smollm2("f32", page_size=16), num_pages=32, weight_memory="300MB")
+    assert_golden(llm.generate([SMOLLM2[0]["prompt"]], greedy(SMOLLM2[:1])), SMOLLM2[:1])
+
+
 @pytest.mark.skipif(webgpu.missing() is not None, reason=str(webgpu.missing()))
 def test_smollm2_as_wgsl(compile_smollm2: Compile) -> None:
     """On whatever WebGPU finds, perhaps a GPU in software, for which one prompt is enough to do."""

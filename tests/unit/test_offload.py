@@ -3,7 +3,7 @@
 import pytest
 
 from mlcgen.errors import DeviceError, RequestError
-from mlcgen.runtime.offload import divide, layer_of, parse_bytes
+from mlcgen.runtime.offload import divide, layer_of, num_bytes
 
 SIZES = {"embed": 100, "norm": 1} | {
     f"layers.{i}.{part}": size for i in range(8) for part, size in (("a", 4), ("b", 6))
@@ -67,13 +67,21 @@ def test_layers_by_name(name: str, layer: int | None) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("4GiB", 4 << 30), ("512 mb", 512 * 10**6), ("1.5g", 1500 * 10**6), ("1000", 1000), ("7B", 7), ("2ki", 2048)],
+    [
+        ("4GiB", 4 << 30),
+        ("512 mb", 512 * 10**6),
+        ("1.5g", 1500 * 10**6),
+        ("1000", 1000),
+        ("7B", 7),
+        ("2ki", 2048),
+        (12, 12),
+    ],
 )
-def test_sizes(text: str, size: int) -> None:
-    assert parse_bytes(text) == size
+def test_sizes(text: str | int, size: int) -> None:
+    assert num_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "GiB", "1e9", "4 PiB", "4iB", "9" * 40, "٣GiB", "nan"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(RequestError, match="no size of memory"):
-        parse_bytes(text)
+@pytest.mark.parametrize("text", ["", "0", "-1", "GiB", "1e9", "4 PiB", "4iB", "9" * 40, "٣GiB", "nan", 0, -1])
+def test_what_is_no_size(text: str | int) -> None:
+    with pytest.raises(RequestError, match="is no size"):
+        num_bytes(text)
