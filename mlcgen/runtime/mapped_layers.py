@@ -59,16 +59,19 @@ class MappedLayers:
         self._ahead = following, self._reader.submit(self._advance, behind, following)
 
     def _advance(self, behind: set[int], following: int) -> None:
+        self._advise(following, _WILL_NEED)  # the disk works while others are let go of
         for layer in behind:
             self._drop(layer)
         self._read(following)
 
     def _read(self, layer: int) -> None:
+        self._advise(layer, _POPULATE)
+        self.bytes_loaded += sum(num_bytes for _, _, num_bytes in self._parts[layer])
+
+    def _advise(self, layer: int, advice: int) -> None:
         for address, _, num_bytes in self._parts[layer]:
             start = address // mmap.PAGESIZE * mmap.PAGESIZE
-            for advice in (_WILL_NEED, _POPULATE):  # the first alone keeps the disk busy, the second waits for it
-                _madvise()(start, address + num_bytes - start, advice)
-            self.bytes_loaded += num_bytes
+            _madvise()(start, address + num_bytes - start, advice)
 
     def _drop(self, layer: int) -> None:
         """From the page table first: the system keeps what is mapped. Pages that other weights share stay."""
