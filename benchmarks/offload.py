@@ -10,6 +10,7 @@ running the artifact needs, and no more.
 
 import argparse
 import gc
+import mmap
 import os
 import statistics
 import time
@@ -30,7 +31,8 @@ from mlcgen.runtime.target_choice import choose_target
 
 PROMPT = 16  # tokens
 WARM_UP = 3  # steps that do not count, after the prompts
-BLOCK = 4 << 20  # bytes of a read
+BLOCK, PIECE = 4 << 20, 16 << 20  # bytes of a read, and of what is mapped at a time
+POPULATE = 22  # Linux's advice to read pages and enter them in the page table
 COPY, COPIES = 256 << 20, 16  # bytes of one to the GPU, and how many in a row
 
 
@@ -84,18 +86,30 @@ def _memory(engine: Engine) -> int:
 
 
 def file_rate(file: Path) -> float:
-    """Bytes per second of reading all of a file that is not in memory."""
-    descriptor, buffer = os.open(file, os.O_RDONLY), bytearray(BLOCK)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        begun, total = time.perf_counter(), 0
-        while count := os.readv(descriptor, [buffer]):
-            total += count
-        seconds = time.perf_counter() - begun
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        return total / seconds
-    finally:
-        os.close(descriptor)
+    """Bytes per second of reading all of a file that is not in memory, the faster of two ways."""
+    rates = []
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        for read in (_read_blocks, _map_pieces):
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            begun = time.perf_counter()
+            read(stream.fileno(), size)
+            rates.append(size / (time.perf_counter() - begun))
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return max(rates)
+
+
+def _read_blocks(descriptor: int, size: int) -> None:
+    buffer = bytearray(BLOCK)
+    while os.readv(descriptor, [buffer]):
+        pass
+
+
+def _map_pieces(descriptor: int, size: int) -> None:
+    with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as mapped:
+        for start in range(0, size, PIECE):
+            mapped.madvise(POPULATE, start, min(PIECE, size - start))
+            mapped.madvise(mmap.MADV_DONTNEED, start, min(PIECE, size - start))
 
 
 def copy_rate(kind: str) -> float:

@@ -9,37 +9,43 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mlcgen import artifact
+from mlcgen import artifact, safetensors
 from mlcgen.errors import TargetError
 from mlcgen.runtime import mapped_layers
 from mlcgen.runtime.mapped_layers import MappedLayers
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no such advice")
 
-SIZES = {f"layers.{i}.{part}": size for i in range(4) for part, size in (("norm", 100), ("matrix", 5000), ("bias", 7))}
+SIZES = {"embed": 3000} | {
+    f"layers.{i}.{part}": size for i in range(4) for part, size in (("norm", 100), ("matrix", 5000), ("bias", 7))
+}
 LAYERS = [[name for name in SIZES if name.startswith(f"layers.{i}.")] for i in range(4)]
+PAGE = mmap.PAGESIZE
 READ, DROP = "read", "drop"
 
 
 class Advice:
-    """Instead of the system's: what was asked for, in pages of the file."""
+    """Instead of the system's: what was asked for, in pages of the file, which are the blocks here."""
 
     def __init__(self) -> None:
         self.start, self.given = 0, list[tuple[str, int, int]]()
 
     def __call__(self, address: int, num_bytes: int, advice: int) -> int:
-        assert address % mmap.PAGESIZE == 0
-        if advice != mapped_layers._WILL_NEED:
-            kind = READ if advice == mapped_layers._POPULATE else DROP
-            assert kind == READ or num_bytes % mmap.PAGESIZE == 0
-            self.given.append((kind, address - self.start, num_bytes))
+        assert address % PAGE == 0
+        if advice in KINDS:
+            first = (address - self.start) // PAGE
+            self.given.append((KINDS[advice], first, first - (-num_bytes // PAGE)))
         return 0
+
+
+KINDS = {mapped_layers._POPULATE: READ, mapped_layers._DONT_NEED: DROP}
 
 
 @pytest.fixture
 def advice(monkeypatch: pytest.MonkeyPatch) -> Advice:
     advice = Advice()
     monkeypatch.setattr(mapped_layers, "_madvise", lambda: advice)
+    monkeypatch.setattr(mapped_layers, "BLOCK", PAGE)
     return advice
 
 
@@ -52,37 +58,67 @@ def stored(folder: Path) -> tuple[Path, dict[str, npt.NDArray[Any]]]:
     return file, artifact.map_weights(file)
 
 
+def pages(file: Path, names: list[str]) -> set[int]:
+    """Pages of the file in which something of these weights is."""
+    entries = safetensors.read_entries(file)
+    places = [(entries[name].offset, entries[name].offset + entries[name].num_bytes) for name in names]
+    return {page for start, end in places for page in range(start // PAGE, -(-end // PAGE))}
+
+
+def followed(advice: Advice, layers: MappedLayers) -> list[tuple[str, set[int], set[int]]]:
+    """(what was done, to which pages, which are in memory then), when the thread has ended."""
+    layers._reader.shutdown()
+    found, there = [], set[int]()
+    for kind, start, end in advice.given:
+        some = set(range(start, end))
+        there = there | some if kind == READ else there - some
+        found.append((kind, some, there))
+    return found
+
+
+def opened(advice: Advice, folder: Path) -> tuple[MappedLayers, Path]:
+    file, weights = stored(folder)
+    advice.start = weights["embed"].ctypes.data - safetensors.read_entries(file)["embed"].offset
+    return MappedLayers(file, weights, LAYERS), file
+
+
 def test_one_layer_ahead(advice: Advice, tmp_path: Path) -> None:
-    file, weights = stored(tmp_path)
-    layers = MappedLayers(file, weights, LAYERS)
-    advice.start = min(array.ctypes.data for array in weights.values())
-    layer_bytes = [sum(weights[name].nbytes for name in names) for names in LAYERS]
+    layers, file = opened(advice, tmp_path)
+    of = [pages(file, names) for names in LAYERS]
+    others = pages(file, ["embed"])
     for layer in (0, 0, 1, 2, 3, 0):
         layers.enter(layer)
-    layers._reader.shutdown()
-    order = [(kind, round(start / layer_bytes[0])) for kind, start, _ in advice.given]
-    reads = [layer for kind, layer in order if kind == READ]
-    assert reads == [0, 1, 2, 3, 0, 1]
-    ends = [(DROP, 0), (READ, 2), (DROP, 1), (READ, 3), (DROP, 2), (READ, 0), (DROP, 3), (READ, 1)]
-    assert order == [(READ, 0), (READ, 1), *ends]
-    for kind, _, num_bytes in advice.given:
-        assert abs(num_bytes - layer_bytes[0]) < 2 * mmap.PAGESIZE, kind
-    assert layers.bytes_loaded >= sum(layer_bytes)
+    done = followed(advice, layers)
+    assert done[0][1] >= others  # what stays, once
+    reads = [some for kind, some, _ in done[1:] if kind == READ]
+    assert reads == [of[i] - others for i in (0, 1, 2, 3, 0, 1)]
+    after = [there for kind, _, there in done[1:] if kind == READ]
+    for i, there in enumerate(after[1:]):
+        assert there >= of[i % 4] | of[(i + 1) % 4] | others
+        assert len(there) <= len(of[i % 4] | of[(i + 1) % 4] | done[0][1]) + 1  # a page that the next one has, too
+    assert layers.bytes_loaded == PAGE * sum(len(some) for kind, some, _ in done if kind == DROP) + PAGE * len(
+        set().union(*(of[i] for i in (0, 1))) - others - of[2]
+    )
+
+
+def test_a_page_of_two_layers_goes_with_the_last(advice: Advice, tmp_path: Path) -> None:
+    layers, file = opened(advice, tmp_path)
+    of = [pages(file, names) for names in LAYERS]
+    assert of[0] & of[1]
+    for layer in (0, 1, 2):
+        layers.enter(layer)
+    dropped = [some for kind, some, _ in followed(advice, layers) if kind == DROP]
+    assert dropped == [of[0] - of[1] - pages(file, ["embed"]), of[1] - of[2]]
 
 
 def test_out_of_order(advice: Advice, tmp_path: Path) -> None:
-    """No more than two layers stay."""
-    file, weights = stored(tmp_path)
-    layers = MappedLayers(file, weights, LAYERS)
-    advice.start = min(array.ctypes.data for array in weights.values()) // mmap.PAGESIZE * mmap.PAGESIZE
+    """No more than three layers are there at a time, one of them read ahead in vain."""
+    layers, file = opened(advice, tmp_path)
     for layer in (2, 0, 3, 1, 1, 3):
         layers.enter(layer)
-    layers._reader.shutdown()
-    there = set[int]()
-    for kind, start, _ in advice.given:
-        (there.add if kind == READ else there.discard)(start // (4 * mmap.PAGESIZE))
-        assert len(there) <= 3  # the one that was read ahead in vain goes when the next is read
-    assert len(there) == 2
+    done = followed(advice, layers)
+    assert all(len(there - done[0][1]) <= 3 * 6 for _, _, there in done)
+    assert done[-1][2] >= pages(file, LAYERS[3])
 
 
 def test_contents_stay(tmp_path: Path) -> None:
@@ -111,6 +147,6 @@ def test_a_system_without_advice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_stretches() -> None:
-    """Weights that follow each other with no more between them than alignment."""
-    parts = [(1000, 0, 100), (1104, 104, 60), (1300, 300, 5), (1164, 164, 1)]
-    assert mapped_layers._joined(parts) == [(1000, 0, 165), (1300, 300, 5)]
+    size = mapped_layers.BLOCK
+    assert mapped_layers._stretches([7, 3, 4, 4, 9]) == [(3 * size, 2 * size), (7 * size, size), (9 * size, size)]
+    assert mapped_layers._stretches([]) == []
