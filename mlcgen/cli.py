@@ -105,6 +105,10 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: 
 GpuMemory = Annotated[
     float, typer.Option("--gpu-memory-utilization", min=0.05, max=1.0, help="Share of a GPU's memory to use.")
 ]
+WeightMemory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Device memory for weights, such as 4GiB; layers beyond it are streamed."),
+]
 NumPages = Annotated[int | None, typer.Option(min=1, help="KV cache size; default: what memory allows.")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Tokens to generate at most.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the most likely token.")]
@@ -194,6 +198,7 @@ def run(
     branches: Branches = 1,
     trust: Trust = None,
     check_numerics: CheckNumerics = False,
+    weight_memory: WeightMemory = None,
     as_json: Json = False,
 ) -> None:
     """Complete prompts; one prompt streams, several run as one batch."""
@@ -214,7 +219,8 @@ def run(
     )
     with output.waiting("loading"):
         options = _engine_options(speculation, draft_model, branches, trust, check_numerics)
-        llm = LLM(artifact, target, num_pages, max_batch, threads, gpu_memory_utilization, options)
+        sizes = num_pages, max_batch, threads, gpu_memory_utilization
+        llm = LLM(artifact, target, *sizes, options, weight_memory=weight_memory)
     if target == "auto":
         output.chosen_target(artifact)
     if len(prompts) == 1 and not as_json:
@@ -256,6 +262,7 @@ def chat(
     branches: Branches = 1,
     trust: Trust = None,
     check_numerics: CheckNumerics = False,
+    weight_memory: WeightMemory = None,
 ) -> None:
     """Talk with a model. /reset forgets, /exit or end of input leaves, Ctrl-C stops an answer."""
     from mlcgen.runtime.llm import LLM
@@ -266,7 +273,8 @@ def chat(
     )
     with output.waiting("loading"):
         options = _engine_options(speculation, draft_model, branches, trust, check_numerics)
-        llm = LLM(artifact, target, num_pages, 1, threads, gpu_memory_utilization, options)
+        sizes = num_pages, 1, threads, gpu_memory_utilization
+        llm = LLM(artifact, target, *sizes, options, weight_memory=weight_memory)
     _converse(llm, params, [{"role": "system", "content": system}] if system else [])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from mlcgen.errors import MlcgenError
 from mlcgen.formats import WeightFormat, resolve_kv_dtype, stored_format, wanted_format
 from mlcgen.models.config import DecoderConfig
+from mlcgen.runtime.offload import SLOTS, layer_of
 
 __all__ = ["Plan", "kv_bytes_per_token", "make_plan", "plan_model", "weight_bytes"]
 
@@ -85,6 +86,8 @@ def make_plan(
     room = free - weights - workspace
     verdict = "fits" if room >= one * max_batch else "fits with paging" if room >= one else "does not fit"
     advice = "" if verdict == "fits" else _advice(verdict, quantization, room, one, kv_per_token)
+    if verdict == "does not fit" and (streaming := _streaming(config, weights, free - workspace - one)):
+        advice += f"; or {streaming}"
     return Plan(
         name,
         quantization,
@@ -166,4 +169,20 @@ def _advice(verdict: str, quantization: str, room: int, one: int, kv_per_token: 
         return f"--context-length {tokens} or less would fit"
     return "no context fits beside the weights; " + (
         "a smaller model is needed" if quantization == "q4" else "try -q q4 or a smaller model"
+    )
+
+
+def _streaming(config: DecoderConfig, weights: int, budget: int) -> str:
+    """What --weight-memory would do with that much for weights; empty where it is too little for two layers."""
+    sizes = [(name, math.prod(shape)) for name, shape in _tensors(config)]
+    in_layers = sum(size for name, size in sizes if layer_of(name) is not None)
+    each = weights * in_layers // sum(size for _, size in sizes) // config.num_layers  # nearly, as packed
+    held = (budget - (weights - each * config.num_layers)) // max(each, 1)  # layers that are there at a time
+    if held < SLOTS:
+        return ""
+    streamed = (config.num_layers - (held - SLOTS)) * each
+    rate = 1e9 / streamed
+    return (
+        f"--weight-memory {budget >> 20}MiB streams {streamed / 2**30:.1f} GiB of layers in each step: at most "
+        f"{rate:.2g} tokens/s per sequence for each GB/s of the link"
     )

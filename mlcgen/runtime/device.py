@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -70,3 +70,29 @@ class Device(Protocol):
         ...
 
     def launch_graph(self, graph: Any) -> None: ...
+
+
+@runtime_checkable
+class StreamingDevice(Device, Protocol):
+    """A device that copies beside its kernels. A fence is passed when all is done that was started before it.
+
+    Each may be reached again; who waits, waits for the last time. One that was never reached is passed.
+    """
+
+    def fence(self) -> Any: ...
+
+    def reach(self, fence: Any) -> None:
+        """The fence is passed when all kernels and copies are done that were started so far, but for prefetches."""
+        ...
+
+    def hold(self, fence: Any) -> None:
+        """What is started from now on begins when the fence is passed."""
+        ...
+
+    def wait_for(self, fence: Any) -> None:
+        """Until the fence is passed. Raises DeviceError for what failed before it."""
+        ...
+
+    def prefetch(self, to: Address, array: npt.NDArray[Any], after: Any, done: Any) -> None:
+        """Start copying pinned memory, beside kernels, when the fence `after` is passed; `done` is reached then."""
+        ...

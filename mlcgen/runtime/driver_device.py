@@ -109,6 +109,7 @@ class DriverDevice(ABC):
         finalizer = weakref.finalize(self, _give_back, driver, self._taken)  # also of a device that fails to open
         finalizer.atexit = False  # a thread may be in a step then; with the process all goes anyway
         self._functions: dict[str, ctypes.c_void_p] = {}
+        self._copies: ctypes.c_void_p | None = None  # a stream beside the other, for prefetches
 
     def _open_stream(self) -> None:
         self._stream = self._take("StreamCreate", "StreamDestroy", _NON_BLOCKING)
@@ -159,7 +160,8 @@ class DriverDevice(ABC):
     def _no_room(self, num_bytes: int, purpose: str) -> DeviceError:
         free, total = self.memory()
         lower = "lower num_pages, --gpu-memory-utilization or max_batch"
-        remedy = "quantize further (-q), or use a GPU with more memory" if purpose.startswith("weights") else lower
+        stream = "quantize further (-q), or keep layers on the host (--weight-memory)"
+        remedy = stream if purpose.startswith("weights") else lower
         return DeviceError(
             f"the GPU has no room for the {purpose}: {num_bytes / 2**30:.2f} GiB wanted, {free / 2**30:.2f} of "
             f"{total / 2**30:.2f} GiB free; {remedy}"
@@ -203,6 +205,32 @@ class DriverDevice(ABC):
     def synchronize(self) -> None:
         """See Device.synchronize."""
         self._call("StreamSynchronize", self._stream)
+
+    def fence(self) -> ctypes.c_void_p:
+        """See StreamingDevice."""
+        return self._take("EventCreate", "EventDestroy", _NO_TIMING)
+
+    def reach(self, fence: ctypes.c_void_p) -> None:
+        """See StreamingDevice.reach."""
+        self._call("EventRecord", fence, self._stream)
+
+    def hold(self, fence: ctypes.c_void_p) -> None:
+        """See StreamingDevice.hold."""
+        self._call("StreamWaitEvent", self._stream, fence, 0)
+
+    def wait_for(self, fence: ctypes.c_void_p) -> None:
+        """See StreamingDevice.wait_for."""
+        self._call("EventSynchronize", fence)
+
+    def prefetch(self, to: Address, array: npt.NDArray[Any], after: ctypes.c_void_p, done: ctypes.c_void_p) -> None:
+        """See StreamingDevice.prefetch."""
+        if self._copies is None:
+            self._copies = self._take("StreamCreate", "StreamDestroy", _NON_BLOCKING)
+            self._owe("StreamSynchronize", self._copies)
+        self._call("StreamWaitEvent", self._copies, after, 0)
+        if array.nbytes:
+            self._call("MemcpyHtoDAsync", to, array.ctypes.data, array.nbytes, self._copies)
+        self._call("EventRecord", done, self._copies)
 
     # Kernels
 

@@ -29,6 +29,7 @@ def load_engine(
     num_threads: int | None = None,
     gpu_memory_utilization: float = 0.9,
     options: EngineOptions | None = None,
+    weight_memory: int | str | None = None,
 ) -> Engine:
     """An engine on the artifact at `path`. Arguments and errors as in `LLM`."""
     from mlcgen.runtime.draft_model import load_drafter
@@ -43,6 +44,7 @@ def load_engine(
         max_batch=max_batch,
         num_threads=num_threads,
         gpu_memory_utilization=gpu_memory_utilization,
+        weight_memory=weight_memory,
     )
     tokenizer = Tokenizer(model.tokenizer_path, model.tokenizer_config) if model.tokenizer_path else None
     drafter = None
@@ -58,8 +60,10 @@ class LLM:
     path: an artifact directory. target: "auto" or a name as in `mlcgen run --target`. num_pages: size of the KV cache
     (None: what memory allows). max_batch: sequences per step (None: as compiled). num_threads: CPU threads (None: all
     cores). gpu_memory_utilization: share of a GPU's memory that weights, workspace and KV cache may take together.
-    options: how the engine serves.
-    Raises ArtifactError or TargetError if the artifact cannot run here, DeviceError where memory is short.
+    options: how the engine serves. weight_memory: bytes ("4GiB" too) that weights may take of the
+    device's memory, or of a CPU's; layers that do not fit are streamed in each step. None: all are there.
+    Raises ArtifactError or TargetError if the artifact cannot run here, DeviceError where memory is short, RequestError
+    for an option that cannot be.
     """
 
     def __init__(
@@ -71,8 +75,11 @@ class LLM:
         num_threads: int | None = None,
         gpu_memory_utilization: float = 0.9,
         options: EngineOptions | None = None,
+        weight_memory: int | str | None = None,
     ) -> None:
-        self.engine = load_engine(path, target, num_pages, max_batch, num_threads, gpu_memory_utilization, options)
+        self.engine = load_engine(
+            path, target, num_pages, max_batch, num_threads, gpu_memory_utilization, options, weight_memory
+        )
         self._ids = itertools.count()
 
     @property
@@ -180,6 +187,7 @@ class AsyncEngine:
         num_threads: int | None = None,
         gpu_memory_utilization: float = 0.9,
         options: EngineOptions | None = None,
+        weight_memory: int | str | None = None,
     ) -> None:
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}  # the engine's thread only
@@ -187,7 +195,8 @@ class AsyncEngine:
         self._lock = threading.Lock()
         self._is_closed = False
         loaded: Future[Engine] = Future()
-        load = partial(load_engine, path, target, num_pages, max_batch, num_threads, gpu_memory_utilization, options)
+        sizes = num_pages, max_batch, num_threads, gpu_memory_utilization
+        load = partial(load_engine, path, target, *sizes, options, weight_memory)
         self._thread = threading.Thread(target=self._run, args=(load, loaded), name="mlcgen-engine", daemon=True)
         self._thread.start()
         engine = loaded.result()

@@ -1,6 +1,6 @@
 """From an artifact's path to an executor that is ready to run: choose a target, check the files, map the weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from mlcgen.runtime.cpu import host_arch
 from mlcgen.runtime.executor import Executor
 from mlcgen.runtime.kv_size import page_bytes, useful_pages
 from mlcgen.runtime.load_plan import load_plan
+from mlcgen.runtime.mapped_layers import MappedLayers
+from mlcgen.runtime.offload import divide, num_bytes
 from mlcgen.runtime.target_choice import choose_target
 from mlcgen.runtime.vm_executor import VmExecutor, load_runtime_library
 
@@ -36,36 +38,50 @@ def load_executor(
     max_batch: int | None = None,
     num_threads: int | None = None,
     gpu_memory_utilization: float = 0.9,
+    weight_memory: int | str | None = None,
 ) -> LoadedModel:
     """Load the artifact at `path`.
 
     num_pages: pages of the KV cache; None takes what the batch can use, at most half of the free memory, or what
     `gpu_memory_utilization` of a GPU's memory leaves after weights and workspace.
-    Raises ArtifactError for damage, TargetError where nothing in it runs here, DeviceError where memory is short.
+    weight_memory: bytes ("4GiB" too) that weights may take of the device's memory, or of a CPU's; layers that do not
+    fit are streamed in each step. None: all are there.
+    Raises ArtifactError for damage, TargetError where nothing in it runs here, DeviceError where memory is short,
+    RequestError for a weight_memory that is no size.
     """
+    budget = None if weight_memory is None else num_bytes(weight_memory)
     manifest = artifact.read_manifest(path)
     entry = choose_target(manifest["targets"], target)
     library = artifact.check_hash(path, entry)
-    weights = artifact.map_weights(artifact.check_hash(path, manifest["weights"][0])) if manifest["weights"] else None
+    weights_file = artifact.check_hash(path, manifest["weights"][0]) if manifest["weights"] else None
+    weights = artifact.map_weights(weights_file) if weights_file else None
     missing = [name for name in manifest["entry"]["weights"] if weights is not None and name not in weights]
     if missing:
         raise ArtifactError(f"{path} lacks the tensor {missing[0]!r}; compile the model again")
     batch = _batch(manifest, max_batch)
     executor: Executor
     if entry["executor"] == "plan":
-        executor = load_plan(entry["kind"], library, manifest, weights, num_pages, batch, gpu_memory_utilization)
+        sizes = num_pages, batch, gpu_memory_utilization, budget
+        executor = load_plan(entry["kind"], library, manifest, weights, *sizes)
     else:
-        if weights is None:
+        if weights is None or weights_file is None:
             raise ArtifactError(f"{path} has no weights, and {entry['name']} cannot make random ones")
         load_runtime_library(_carried_runtime(path, manifest))
         pages = num_pages or default_num_pages(manifest, batch)
         limit = int(entry["max_tokens_per_step"])
-        executor = VmExecutor(library, manifest, weights, pages, limit, num_threads)
+        stream = _stream(weights_file, weights, manifest["entry"]["weights"], budget)
+        executor = VmExecutor(library, manifest, weights, pages, limit, num_threads, stream)
     config = artifact.read_tokenizer_config(path)
     eos = [int(token) for token in manifest["model"].get("eos_token_ids", [])]
     window = int(manifest["model"].get("window", 0))
     tokenizer, context = artifact.tokenizer_path(path), int(manifest["context_length"])
     return LoadedModel(executor, tokenizer, config, eos, context, batch, entry["name"], window)
+
+
+def _stream(file: Path, weights: Mapping[str, Any], names: Sequence[str], budget: int | None) -> MappedLayers | None:
+    """What brings the layers that do not stay in memory; None where all do."""
+    division = divide({name: int(weights[name].nbytes) for name in names}, budget)
+    return MappedLayers(file, weights, division.streamed) if division.streamed else None
 
 
 def _batch(manifest: Mapping[str, Any], wanted: int | None) -> int:

@@ -1,16 +1,20 @@
 """From a launch plan to its executor: the device of the target's kind, weights, and pages in what memory is left."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlcgen.errors import DeviceError
-from mlcgen.runtime.device import Device
+from mlcgen.errors import DeviceError, TargetError
+from mlcgen.runtime.device import Address, Device, StreamingDevice
 from mlcgen.runtime.executor import Executor
+from mlcgen.runtime.host_layers import host_layers, padded_bytes
 from mlcgen.runtime.kv_size import page_bytes, useful_pages
+from mlcgen.runtime.layer_stream import LayerStream, find_visits
+from mlcgen.runtime.offload import divide
 
 KV_BYTES = 4 << 30  # for pages, where neither the user names a number nor the device tells how much memory there is
+HOST_SHARE = 0.8  # of the host's free memory, for layers that are streamed from there; more are read from the file
 
 
 def load_plan(
@@ -21,8 +25,9 @@ def load_plan(
     num_pages: int | None,
     max_batch: int,
     memory_utilization: float,
+    weight_memory: int | None = None,
 ) -> Executor:
-    """weights: arrays by name; None: random ones. Raises as load_executor does."""
+    """weights: arrays by name; None: random ones. weight_memory: see load_executor. Raises as load_executor does."""
     from mlcgen.runtime import argmax_sampler, device_sampler, device_weights
     from mlcgen.runtime.plan import check_fit, function_names, read_plan
     from mlcgen.runtime.sampling_executor import TAKE_TOKENS, SamplingPlanExecutor
@@ -36,14 +41,43 @@ def load_plan(
         names += argmax_sampler.FUNCTIONS
     _check_bindings(plan, device)
     device.load(base64.b64decode(plan["module"]), names)
-    if weights is None and kind == "cuda":
-        addresses = device_weights.make_random_weights(device, plan["weights"])
-    else:
-        given = weights or device_weights.Random(plan["weights"])
-        addresses = device_weights.upload_weights(device, plan["weights"], given)
+    addresses, stream = _weights(device, plan, weights, weight_memory, kind == "cuda")
     num_pages = _num_pages(device, plan, manifest, num_pages, max_batch, memory_utilization)
     sampling = device_sampler.DeviceSampler if kind == "cuda" else argmax_sampler.ArgmaxSampler
-    return SamplingPlanExecutor(device, plan, manifest, addresses, num_pages, sampling)
+    return SamplingPlanExecutor(device, plan, manifest, addresses, num_pages, sampling, stream)
+
+
+def _weights(
+    device: Device, plan: Mapping[str, Any], weights: Mapping[str, Any] | None, budget: int | None, makes_random: bool
+) -> tuple[dict[str, Address], LayerStream | None]:
+    """Where each weight is on the device, and what brings those that do not stay there."""
+    from mlcgen.runtime import device_weights
+
+    specs = plan["weights"]
+    division = divide({name: padded_bytes(spec) for name, spec in specs.items()}, budget)
+    given = weights or device_weights.Random(specs)
+    resident = {name: specs[name] for name in division.resident}
+    if weights is None and makes_random:
+        addresses = device_weights.make_random_weights(device, resident)
+    else:
+        addresses = device_weights.upload_weights(device, resident, given)
+    if not division.streamed:
+        return addresses, None
+    stream = _stream(device, plan, given, division.streamed)
+    return addresses | stream.addresses(), stream
+
+
+def _stream(
+    device: Device, plan: Mapping[str, Any], weights: Mapping[str, Any], layers: Sequence[Sequence[str]]
+) -> LayerStream:
+    from mlcgen.runtime.load import free_memory
+
+    if not isinstance(device, StreamingDevice):
+        text = f"{device.name} cannot stream weights (weight_memory); CPUs, CUDA and ROCm can"
+        raise TargetError(f"{text}; use one of these targets, or quantize further (-q)")
+    visits = find_visits(plan, layers)
+    memory = int(free_memory() * HOST_SHARE)
+    return LayerStream(device, visits, host_layers(device, plan["weights"], weights, layers, memory))
 
 
 def _device(kind: str) -> Device:
@@ -108,6 +142,7 @@ def _bytes_left(device: Device, plan: Mapping[str, Any], memory_utilization: flo
         raise DeviceError(
             f"{memory_utilization:.0%} of the GPU's {total / 2**30:.1f} GiB leave no room for KV pages: "
             f"{(total - free) / 2**30:.2f} GiB are in use (weights and other programs), kernels need "
-            f"{workspace / 2**30:.2f}; raise --gpu-memory-utilization or free memory"
+            f"{workspace / 2**30:.2f}; raise --gpu-memory-utilization, free memory, or keep layers on the host "
+            "(--weight-memory)"
         )
     return left

@@ -1,7 +1,8 @@
 """The `plan` executor: runs a launch plan (mlcgen/launch_plan.py) on a device, without TVM.
 
 A step in which every sequence decodes is recorded once per size, rounded up, as a graph of copies and kernels; from
-then on a step is one copy into pinned memory and one launch. Other steps start their kernels one by one.
+then on a step is one copy into pinned memory and one launch. Other steps start their kernels one by one, and so do all
+where layers are streamed: the link takes far longer than the host needs to start what it waits for.
 """
 
 import base64
@@ -17,6 +18,7 @@ from mlcgen.errors import RequestError
 from mlcgen.runtime.check_numerics import described, is_finite
 from mlcgen.runtime.device import Address, Device
 from mlcgen.runtime.executor import Float32, Int32, StepInput, Uint8
+from mlcgen.runtime.layer_stream import LayerStream
 from mlcgen.runtime.pinned import PinnedRows, power_of_two
 from mlcgen.runtime.plan import ITEM_BYTES
 from mlcgen.runtime.sizes import evaluate
@@ -64,8 +66,9 @@ class PlanExecutor:
         manifest: Mapping[str, Any],
         weights: Mapping[str, Address],
         num_pages: int,
+        stream: LayerStream | None = None,
     ) -> None:
-        self.device, self._plan = device, plan
+        self.device, self._plan, self.stream = device, plan, stream
         self.num_pages, self.page_size = num_pages, int(manifest["kv"]["page_size"])
         self.vocab_size = int(manifest["model"]["vocab_size"])
         self.max_batch = int(manifest["max_batch"])
@@ -149,12 +152,12 @@ class PlanExecutor:
         return step
 
     def prepared(self, batch: StepInput, **more: Int32 | None) -> Step:
-        """The step of the batch's size, with the batch in its inputs; where all sequences decode, recorded."""
+        """The step of the batch's size, with the batch in its inputs; recorded where all decode and nothing streams."""
         self._turn = (self._turn + 1) % self.TURNS
         is_decode = len(batch.input_ids) == len(batch.seq_lens) == len(batch.logit_rows)
         step = self._decode_step(batch) if is_decode else self._other_step(batch)
         self._fill(step, {**vars(batch), **more})
-        if is_decode and step.graph is None:
+        if is_decode and step.graph is None and self.stream is None:
             self.run(step)  # before recording: what a first launch sets up is not part of a graph
             with self.device.capture() as graph:
                 self.run(step)
@@ -246,11 +249,15 @@ class PlanExecutor:
         """Start a step's kernels: (name, tensors, symbols) of each that was started."""
         self.device.upload(step.inputs.address, step.inputs.staging[: step.num_bytes])
         self.begin(step)
-        for name, tensors, own in self._plan["steps"]:
+        for index, (name, tensors, own) in enumerate(self._plan["steps"]):
+            waits = self.stream is not None and self.stream.reach(index)
             symbols = step.symbols | {symbol: evaluate(size, step.symbols) for symbol, size in own.items()}
             for launch in self._launches(name, symbols):
-                self._launch(launch, tensors, step, symbols)
+                self._launch(launch, tensors, step, symbols, waits)
+                waits = False
             yield name, tensors, symbols
+        if self.stream is not None:
+            self.stream.reach(len(self._plan["steps"]))
 
     def _launches(self, kernel: str, symbols: Mapping[str, int]) -> Sequence[Mapping[str, Any]]:
         for variant in self._plan["kernels"][kernel]:
@@ -259,11 +266,15 @@ class PlanExecutor:
                 return launches
         raise RequestError(f"no variant of {kernel} fits {symbols}")
 
-    def _launch(self, launch: Mapping[str, Any], tensors: Sequence[int], step: Step, symbols: dict[str, int]) -> None:
+    def _launch(
+        self, launch: Mapping[str, Any], tensors: Sequence[int], step: Step, symbols: dict[str, int], waits: bool
+    ) -> None:
+        """waits: until all that came before it has ended."""
         args = [self._argument(arg, tensors, step, symbols) for arg in launch["args"]]
         grid = [evaluate(size, symbols) for size in launch["grid"]]
         shared = evaluate(launch["shared"], symbols)
-        self.device.launch(launch["function"], grid, launch["block"], shared, args, launch["overlaps"])
+        overlaps = launch["overlaps"] and not waits
+        self.device.launch(launch["function"], grid, launch["block"], shared, args, overlaps)
 
     def _argument(self, arg: Sequence[Any], tensors: Sequence[int], step: Step, symbols: dict[str, int]) -> Any:
         kind, value = arg

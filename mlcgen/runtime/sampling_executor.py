@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from mlcgen.runtime.device import Address, Device
 from mlcgen.runtime.draft import MAX_ROWS
 from mlcgen.runtime.executor import Int32, StepInput
+from mlcgen.runtime.layer_stream import LayerStream
 from mlcgen.runtime.plan_executor import PlanExecutor, Step
 from mlcgen.runtime.sampler import Sampled, Sampler
 
@@ -48,9 +49,10 @@ class SamplingPlanExecutor(PlanExecutor):
         weights: Mapping[str, Address],
         num_pages: int,
         sampling: Callable[[Device, int, int], DeviceSampling],
+        stream: LayerStream | None = None,
     ) -> None:
         """sampling(device, vocabulary's size, most rows)"""
-        super().__init__(device, plan, manifest, weights, num_pages)
+        super().__init__(device, plan, manifest, weights, num_pages, stream)
         rows = max(self.max_batch, MAX_ROWS)  # drafts have rows of their own
         self._samplers = [sampling(device, self.vocab_size, rows) for _ in range(self.TURNS)]
         self._started: deque[int] = deque()  # turns under way

@@ -6,7 +6,7 @@ import importlib.util
 import mmap
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mlcgen.errors import ArtifactError, RequestError
 from mlcgen.runtime.check_numerics import described, is_finite
 from mlcgen.runtime.cpu import usable_cores
 from mlcgen.runtime.executor import Float32, StepInput, Uint8
+from mlcgen.runtime.mapped_layers import MappedLayers
 from mlcgen.safetensors import ALIGNMENT
 
 KV_STORAGE = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
@@ -78,6 +79,7 @@ class VmExecutor:
         num_pages: int,
         max_tokens_per_step: int,
         num_threads: int | None = None,
+        stream: MappedLayers | None = None,
     ) -> None:
         threads = num_threads or usable_cores()
         os.environ.setdefault("TVM_NUM_THREADS", str(threads))  # read when the first kernel runs
@@ -100,6 +102,9 @@ class VmExecutor:
         self._pages = [self._tensor(page) for page in pages]
         self._weight_names: list[str] = list(manifest["entry"]["weights"])
         self._weights = [self._tensor(weights[name]) for name in self._weight_names]
+        self.stream = stream
+        if stream is not None:
+            self._vm["set_instrument"](_entering(stream))
         self._inputs: list[str] = list(manifest["entry"]["inputs"])
         self.supports_trees = "tree_masks" in self._inputs
         self._no_masks = np.zeros(max_tokens_per_step, np.int32)
@@ -124,11 +129,13 @@ class VmExecutor:
         names = dict(zip((tensor.data_ptr() for tensor in self._weights), self._weight_names, strict=True))
         found: list[str] = []
 
-        def check(_func: Any, kernel: str, before_run: bool, _result: Any, *args: Any) -> int:
+        def check(func: Any, kernel: str, before_run: bool, result: Any, *args: Any) -> int:
+            if self.stream is not None:
+                _entering(self.stream)(func, kernel, before_run, result, *args)
             tensors = [arg for arg in args if hasattr(arg, "data_ptr")]
             if not (before_run or found or kernel.startswith("vm.")) and tensors:
-                result = tensors[-1]  # kernels write to their last argument
-                if result.data_ptr() not in pages and not is_finite(np.from_dlpack(result)):
+                last = tensors[-1]  # kernels write to their last argument
+                if last.data_ptr() not in pages and not is_finite(np.from_dlpack(last)):
                     read = [names[tensor.data_ptr()] for tensor in tensors if tensor.data_ptr() in names]
                     found.append(described(kernel, read))
             return 0
@@ -137,7 +144,7 @@ class VmExecutor:
         try:
             self.step(batch)
         finally:
-            self._vm["set_instrument"](None)
+            self._vm["set_instrument"](_entering(self.stream) if self.stream is not None else None)
         return found[0] if found else None
 
     def copy_page(self, source: int, to: int) -> None:
@@ -164,6 +171,21 @@ class VmExecutor:
             self._staged[name] = held, tensor
         held[...] = array
         return tensor
+
+
+def _entering(stream: MappedLayers) -> Callable[..., None]:
+    """What the VM calls before and after each function that it calls: its arguments tell which layer comes."""
+    from tvm_ffi import Tensor
+
+    layer_at = stream.layer_at
+
+    def called(function: Any, name: str, is_before: bool, result: Any, *args: Any) -> None:
+        if is_before and not name.startswith("vm.builtin."):  # those check shapes, and read no weights
+            for arg in args:
+                if isinstance(arg, Tensor) and (layer := layer_at.get(arg.data_ptr())) is not None:
+                    stream.enter(layer)
+
+    return called
 
 
 def _zero_pages(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:

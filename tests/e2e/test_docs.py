@@ -9,7 +9,7 @@ import pytest
 HOWTO = Path(__file__).parents[2] / "docs" / "howto"
 PROGRAMS = {
     f"{name} {heading}": program
-    for name in ("serve", "structured")
+    for name in ("offload", "serve", "structured")
     for heading, program in re.findall(
         r"^#+ ([^\n]+)\n(?:(?!^#).)*?^```python\n(.*?)^```", (HOWTO / f"{name}.md").read_text(), re.M | re.S
     )
@@ -29,4 +29,4 @@ def test_program(name: str, compile_smollm2: Callable[..., Path], monkeypatch: p
 
 
 def test_the_programs_were_found() -> None:
-    assert len(PROGRAMS) == 9
+    assert len(PROGRAMS) == 10

@@ -47,6 +47,11 @@ def test_smollm2_alone_and_as_one_batch(compile_smollm2: Compile, page_size: int
     assert_golden(llm.generate(prompts, greedy(SMOLLM2)), SMOLLM2)
 
 
+def test_smollm2_with_half_of_its_weights_in_memory(compile_smollm2: Compile) -> None:
+    llm = LLM(compile_smollm2("f32", page_size=16), num_pages=32, weight_memory="300MB")
+    assert_golden(llm.generate([SMOLLM2[0]["prompt"]], greedy(SMOLLM2[:1])), SMOLLM2[:1])
+
+
 @pytest.mark.skipif(webgpu.missing() is not None, reason=str(webgpu.missing()))
 def test_smollm2_as_wgsl(compile_smollm2: Compile) -> None:
     """On whatever WebGPU finds, perhaps a GPU in software, for which one prompt is enough to do."""
@@ -57,31 +62,39 @@ def test_smollm2_as_wgsl(compile_smollm2: Compile) -> None:
 
 
 # Every two values of two of these come together in some case.
+FIELDS = ("speculation", "branches", "swap_bytes", "tokens_per_step", "prefix_cache", "chunked_prefill")
 ENGINES = [
     # page size, few pages, options
-    (16, False, EngineOptions(speculation="ngram")),
-    (16, True, EngineOptions(swap_bytes=0, tokens_per_step=7, prefix_cache=False)),
-    (1, True, EngineOptions(speculation="ngram", tokens_per_step=7)),
-    (1, False, EngineOptions(swap_bytes=0, speculation="ngram", prefix_cache=False)),
-    (1, True, EngineOptions()),
+    (16, True, ("model", 1, 1 << 30, None, True, True)),
+    (1, False, ("model", 3, 0, 7, False, False)),
+    (1, True, ("off", 1, 1 << 30, None, False, False)),
+    (16, False, ("ngram", 3, 0, 7, True, True)),
+    (16, False, ("lookahead", 3, 1 << 30, None, False, False)),
+    (1, True, ("lookahead", 1, 0, 7, True, True)),
+    (1, False, ("ngram", 1, 0, None, True, False)),
+    (16, False, ("off", 1, 0, 7, True, True)),
+    (1, True, ("ngram", 3, 1 << 30, 7, False, True)),
 ]
 
 
-@pytest.mark.parametrize(("page_size", "is_tight", "options"), ENGINES)
+@pytest.mark.parametrize(("page_size", "is_tight", "values"), ENGINES)
 def test_smollm2_whatever_the_engine_does(
-    compile_smollm2: Compile, page_size: int, is_tight: bool, options: EngineOptions
+    compile_smollm2: Compile, page_size: int, is_tight: bool, values: tuple[Any, ...]
 ) -> None:
     """Few pages: room for the longest sequence and a little more, so that others are preempted."""
+    chosen = dict(zip(FIELDS, values, strict=True))
+    if chosen["speculation"] == "model":
+        chosen["draft_model"] = compile_smollm2("q4")
+    options = EngineOptions(**chosen)
     longest = max(len(r["input_ids"]) + len(r["output_ids"]) for r in SMOLLM2)
     num_pages = -(-(longest + 4 if is_tight else 1000) // page_size)
     llm = LLM(compile_smollm2("f32", page_size=page_size), num_pages=num_pages, options=options)
     twice = SMOLLM2 + SMOLLM2  # the second of each finds its prompt in the cache, or being computed
     assert_golden(llm.generate([r["prompt"] for r in twice], greedy(twice)), twice)
-    assert_golden(llm.generate([r["prompt"] for r in SMOLLM2[:1]], greedy(SMOLLM2[:1])), SMOLLM2[:1])
     stats = llm.engine.stats()
     assert bool(stats.num_preemptions) == is_tight
     assert options.prefix_cache or not stats.num_cached_tokens
-    assert bool(stats.num_drafted) == (options.speculation == "ngram")
+    assert bool(stats.num_drafted) == (options.speculation != "off")
     assert stats.num_free_pages == num_pages
 
 

@@ -18,6 +18,7 @@ class EmulatedDevice:
 
     symbols: dict[str, int] = {}  # noqa: RUF012  (as CudaDevice, none)
     largest_binding = 1 << 48
+    name = "Emulated GPU"
 
     def __init__(self) -> None:
         self.launched: list[str] = []
@@ -44,6 +45,8 @@ class EmulatedDevice:
         self._memory[array.ctypes.data] = array
         return array.ctypes.data
 
+    def memory(self) -> None: ...
+
     def free(self, address: int) -> None:
         del self._memory[address]
 
@@ -60,6 +63,14 @@ class EmulatedDevice:
         self._do(lambda: self._at(to)[:num_bytes].__setitem__(slice(None), self._at(source)[:num_bytes]))
 
     def synchronize(self) -> None: ...
+    def fence(self) -> None: ...
+    def reach(self, fence: None) -> None: ...
+    def hold(self, fence: None) -> None: ...
+    def wait_for(self, fence: None) -> None: ...
+
+    def prefetch(self, to: int, array: np.ndarray, after: None, done: None) -> None:
+        self.upload(to, array)  # at once, in the one order that there is
+
     def mark(self, which: int) -> None: ...
     def wait(self, which: int) -> None: ...
 

@@ -12,11 +12,13 @@ import pytest
 
 import mlcgen
 from mlcgen import artifact, weights
+from mlcgen.errors import DeviceError
 from mlcgen.formats import Q8
 from mlcgen.passes.quantize import WeightSource
-from mlcgen.runtime import device_weights
+from mlcgen.runtime import device_weights, load_plan
 from mlcgen.runtime.device_sampler import DeviceSampler
 from mlcgen.runtime.executor import Executor, StepInput
+from mlcgen.runtime.host_layers import padded_bytes
 from mlcgen.runtime.load import load_executor
 from mlcgen.runtime.plan import function_names, read_plan
 from mlcgen.runtime.sampler import SamplingParams
@@ -33,16 +35,16 @@ pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """compiled(quantization) -> artifact for the CPU and for CUDA, the latter's machine code being its source.
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """compiled(quantization, layers) -> artifact for the CPU and for CUDA, the latter's machine code being its source.
 
     Under q4 with values in 8 bits, as GGUF files mix them: q, k and v are then products of their own.
     """
 
     @functools.cache
-    def compile_once(quantization: str) -> Path:
+    def compile_once(quantization: str, num_layers: int = 2) -> Path:
         path = tmp_path_factory.mktemp(quantization)
-        (path / "config.json").write_text(json.dumps(CONFIG))
+        (path / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": num_layers}))
         options = {"page_size": PAGE_SIZE, "max_batch": 8, "kv_dtype": "float16", "random_weights": True}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cuda_codegen, "compile_cuda", lambda source, arch: (source.encode(), ""))
@@ -79,7 +81,7 @@ def batch(before: list[int], counts: list[int], rng: np.random.Generator, tables
 
 
 @pytest.mark.parametrize("quantization", ["q4", "bf16"])
-def test_plan_gives_the_logits_of_the_cpu(compiled: Callable[[str], Path], quantization: str) -> None:
+def test_plan_gives_the_logits_of_the_cpu(compiled: Callable[..., Path], quantization: str) -> None:
     path = compiled(quantization)
     executor, device = emulated(path)
     expected: Executor = load_executor(path, "cpu", num_pages=PAGES).executor
@@ -101,14 +103,14 @@ def test_plan_gives_the_logits_of_the_cpu(compiled: Callable[[str], Path], quant
     assert any("attention_prefill" in name for name in device.launched)
 
 
-def test_paths_of_trees_have_the_logits_of_plain_sequences(compiled: Callable[[str], Path]) -> None:
+def test_paths_of_trees_have_the_logits_of_plain_sequences(compiled: Callable[..., Path]) -> None:
     path = compiled("bf16")
     executor, device = emulated(path)
     check_model(executor, load_executor(path, "cpu", num_pages=PAGES).executor, VOCAB, 2e-2)
     assert any("attention_prefill" in name for name in device.launched)
 
 
-def test_looking_ahead_gives_the_same_tokens(compiled: Callable[[str], Path]) -> None:
+def test_looking_ahead_gives_the_same_tokens(compiled: Callable[..., Path]) -> None:
     """Sequences of different lengths, ending by length and by token, more than the pages hold at once."""
     executor, device = emulated(compiled("bf16"))
     rng = np.random.default_rng(2)
@@ -124,7 +126,7 @@ def test_looking_ahead_gives_the_same_tokens(compiled: Callable[[str], Path]) ->
     assert "take_tokens" in device.launched
 
 
-def test_the_kernel_that_gives_nan_is_named(compiled: Callable[[str], Path]) -> None:
+def test_the_kernel_that_gives_nan_is_named(compiled: Callable[..., Path]) -> None:
     executor, device = emulated(compiled("bf16"))
     rng = np.random.default_rng(3)
     tables = rng.permutation(PAGES).reshape(3, 8)
@@ -138,3 +140,28 @@ def test_the_kernel_that_gives_nan_is_named(compiled: Callable[[str], Path]) -> 
     decode = batch([2, 1, 3], [1, 1, 1], rng, tables)
     executor.step(decode)
     assert name in (executor.first_not_finite(decode) or "")
+
+
+def test_streamed_layers_give_the_same_tokens(compiled: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fewest that there can be from the host's memory, and all of them from the file."""
+    path = compiled("bf16", 5)
+    monkeypatch.setattr(load_plan, "_device", lambda kind: EmulatedDevice())
+    plan = read_plan(path / "lib" / "cuda-sm_80.plan")
+    sizes = {name: padded_bytes(spec) for name, spec in plan["weights"].items()}
+    num_bytes = sum(sizes.values())
+    least = num_bytes - 3 * sum(size for name, size in sizes.items() if ".layers.2." in name)  # two are there at a time
+    prompts = [[5, 9, 100], [7]]
+    params = [SamplingParams(temperature=0, max_tokens=3, ignore_eos=True) for _ in prompts]
+    tokens = []
+    cases = ((num_bytes, 1.0, 0), (num_bytes - 1, 1.0, 3), (least, 0.0, 5))
+    for weight_memory, share, layers in cases:
+        monkeypatch.setattr(load_plan, "HOST_SHARE", share)
+        manifest, stored = artifact.read_manifest(path), artifact.map_weights(path / artifact.WEIGHTS)
+        arguments = (path / "lib" / "cuda-sm_80.plan", manifest, stored, PAGES, 8, 0.9, weight_memory)
+        executor = load_plan.load_plan("cuda", *arguments)
+        assert isinstance(executor, SamplingPlanExecutor)
+        assert (len(executor.stream.visits) if executor.stream else 0) == layers
+        tokens.append(generate(executor, prompts, params))
+    assert tokens[1:] == tokens[:1] * 2
+    with pytest.raises(DeviceError, match=f"give at least {least} bytes"):
+        load_plan.load_plan("cuda", *arguments[:-1], least - 1)

@@ -3,7 +3,7 @@
 // (fake_*).
 //
 // "Device memory" is host memory with a table of what was allocated. Streams are queues: what is put into one is done
-// when somebody waits for it, no earlier, so that a missing wait shows. Kernels are done by a hook. An "image" is text,
+// when somebody waits for it, no earlier, so that a missing wait shows; or as soon as it can (FAKE_CUDA_AHEAD). Kernels are done by a hook. An "image" is text,
 // one word per function: name, or name(8,8,4) with sizes of parameters, or name(8)+1024 with static shared memory.
 // The image "*" has every function.
 
@@ -61,13 +61,14 @@ static const char *const kinds[KINDS] = {"memory", "pinned", "stream",   "event"
                                          "module", "function", "graph", "executable"};
 
 typedef struct Op {
-  enum { COPY, SET, KERNEL, RECORD } what;
+  enum { COPY, SET, KERNEL, RECORD, WAIT } what;
   char *to;
   const char *from;
   unsigned char *staged;  // the content of pageable memory when the copy was started
   size_t bytes;
   int value;
   struct Object *object;  // the function, or the event
+  int serial;             // of the record that a wait is for
   unsigned grid[3], block;
   unsigned char *args;
   size_t args_bytes;
@@ -81,9 +82,11 @@ typedef struct Object {
   size_t bytes;
   Op *first, *last;         // a stream's queue; a graph's content
   struct Object *graph;     // a stream that is being captured into it
+  int is_first;             // a stream that was made when there was no other
   int invalid;              // a stream whose capture went wrong
   struct Object *on;        // an event's stream; a function's module
   int pending, captured;    // an event: how often it is in the queue
+  int recorded, passed;     // how often it was recorded, and how often that was reached
   int num_params, size[32]; // a function; -1: not told
   int static_shared, max_dynamic;
 } Object;
@@ -249,6 +252,10 @@ static int exists(const char *address, size_t bytes) {
   return holding(MEMORY, address, bytes) || holding(PINNED, address, bytes);
 }
 
+static int must_wait(const Op *op) {
+  return op->what == WAIT && is_live(EVENT, op->object) && op->object->passed < op->serial;
+}
+
 static int run(Op *op) {
   switch (op->what) {
     case COPY:
@@ -265,30 +272,56 @@ static int run(Op *op) {
       if (hook) hook(op->object->base, op->grid, op->block, op->args, op->args_bytes);
       break;
     case RECORD:
-      if (is_live(EVENT, op->object)) op->object->pending--;
+      if (is_live(EVENT, op->object)) op->object->pending--, op->object->passed++;
+      break;
+    case WAIT:
+      break;
   }
   return SUCCESS;
 }
 
-// Do what is in the queue; with an event, no more than what was before it.
-static int drain(Object *stream, Object *until) {
-  while (stream->first && !(until && !until->pending)) {
-    Op *op = stream->first;
-    stream->first = op->next;
-    if (!stream->first) stream->last = NULL;
-    if (!broken) broken = run(op);
-    drop_op(op);
+static int drain(Object *stream, const Object *until, int serial);
+
+static void run_first(Object *stream) {
+  Op *op = stream->first;
+  if (must_wait(op)) {  // it stays in the queue, or others would run ahead of it
+    drain(op->object->on, op->object, op->serial);
+    return;
+  }
+  stream->first = op->next;
+  if (!stream->first) stream->last = NULL;
+  if (!broken) broken = run(op);
+  drop_op(op);
+}
+
+// With FAKE_CUDA_AHEAD all streams but the first made do what they can at once: what has to wait must be told so.
+static void run_ahead(void) {
+  static int busy;
+  if (busy || !setting("FAKE_CUDA_AHEAD", 0)) return;
+  busy = 1;
+  for (Object *o = objects; o; o = o->next)
+    if (o->kind == STREAM && !o->is_first)
+      while (o->first && !must_wait(o->first)) run_first(o);
+  busy = 0;
+}
+
+// Do what is in the queue; with an event, no more than what was before it was recorded for the n-th time.
+static int drain(Object *stream, const Object *until, int serial) {
+  while (stream->first && !(until && until->passed >= serial)) {
+    run_first(stream);
+    run_ahead();
   }
   return broken;
 }
 
 static void drain_all(void) {
   for (Object *o = objects; o; o = o->next)
-    if (o->kind == STREAM) drain(o, NULL);
+    if (o->kind == STREAM) drain(o, NULL, 0);
 }
 
 static int start(Object *stream, const Op *op) {
   append(stream->graph ? stream->graph : stream, op);
+  run_ahead();
   return SUCCESS;
 }
 
@@ -455,7 +488,7 @@ int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, Object *stream) 
   if (holding(PINNED, to, bytes)) return start(stream, &op);
   REQUIRE(!touches_pinned(to, bytes), INVALID_VALUE);
   if (stream->graph) return not_in_capture(stream);
-  int code = drain(stream, NULL);  // to pageable memory it waits
+  int code = drain(stream, NULL, 0);  // to pageable memory it waits
   if (!code) memcpy(to, op.from, bytes);
   return code;
 }
@@ -479,14 +512,17 @@ int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, Object *stre
 int cuStreamCreate(Object **stream, unsigned flags) {
   ENTER(1, "cuStreamCreate %u", flags);
   REQUIRE(flags <= 1, INVALID_VALUE);
+  int is_first = 1;
+  for (Object *o = objects; o; o = o->next) is_first &= o->kind != STREAM;
   *stream = add(STREAM);
+  (*stream)->is_first = is_first;
   return SUCCESS;
 }
 
 int cuStreamDestroy_v2(Object *stream) {
   ENTER(1, "cuStreamDestroy_v2");
   REQUIRE(is_live(STREAM, stream), INVALID_HANDLE);
-  drain(stream, NULL);
+  drain(stream, NULL, 0);
   drop(stream);
   return SUCCESS;
 }
@@ -495,7 +531,7 @@ int cuStreamSynchronize(Object *stream) {
   ENTER(1, "cuStreamSynchronize");
   REQUIRE(is_live(STREAM, stream), INVALID_HANDLE);
   if (stream->graph) return not_in_capture(stream);
-  return drain(stream, NULL);
+  return drain(stream, NULL, 0);
 }
 
 int cuStreamBeginCapture_v2(Object *stream, int mode) {
@@ -565,6 +601,16 @@ int cuEventRecord(Object *event, Object *stream) {
   if (event->captured) return SUCCESS;
   Op op = {.what = RECORD, .object = event};
   event->pending++;
+  event->recorded++;
+  return start(stream, &op);
+}
+
+int cuStreamWaitEvent(Object *stream, Object *event, unsigned flags) {
+  ENTER(1, "cuStreamWaitEvent %u", flags);
+  REQUIRE(is_live(STREAM, stream) && is_live(EVENT, event), INVALID_HANDLE);
+  REQUIRE(flags <= 1, INVALID_VALUE);
+  if (stream->graph || event->captured) return not_in_capture(stream);  // no such edges in this fake's graphs
+  Op op = {.what = WAIT, .object = event, .serial = event->recorded};
   return start(stream, &op);
 }
 
@@ -572,7 +618,7 @@ int cuEventSynchronize(Object *event) {
   ENTER(1, "cuEventSynchronize");
   REQUIRE(is_live(EVENT, event), INVALID_HANDLE);
   REQUIRE(!event->captured, CAPTURED_EVENT);
-  return event->pending ? drain(event->on, event) : SUCCESS;
+  return event->pending ? drain(event->on, event, event->recorded) : SUCCESS;
 }
 
 int cuEventDestroy_v2(Object *event) {

@@ -43,7 +43,8 @@ class FakeDriver:
         library.fake_kernels(self._hook)
 
     def set(self, **settings: int) -> None:
-        """arch (90), memory (bytes), devices, version (of CUDA that the driver is for, 13000)."""
+        """arch (90), memory (bytes), devices, version (of CUDA that the driver is for, 13000), ahead (0): streams but
+        the first do what they can at once, not as late as they can."""
         for name, value in settings.items():
             self._monkeypatch.setenv(f"FAKE_CUDA_{name.upper()}", str(value))
 
@@ -89,7 +90,7 @@ def install_hip(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) ->
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, library: Path, folder: Path) -> str:
-    for setting in ("CUDA_ARCH", "CUDA_MEMORY", "CUDA_DEVICES", "HIP_ARCH"):
+    for setting in ("CUDA_ARCH", "CUDA_MEMORY", "CUDA_DEVICES", "CUDA_AHEAD", "HIP_ARCH"):
         monkeypatch.delenv(f"FAKE_{setting}", raising=False)
     # A copy has its own state, also for devices of a failed test that go later.
     path = str(shutil.copy(library, folder / name))

@@ -24,6 +24,7 @@
 #define cuEventCreate hipEventCreateWithFlags
 #define cuEventRecord hipEventRecord
 #define cuEventSynchronize hipEventSynchronize
+#define cuStreamWaitEvent hipStreamWaitEvent
 #define cuEventDestroy_v2 hipEventDestroy
 #define cuModuleUnload hipModuleUnload
 #define cuModuleGetFunction hipModuleGetFunction

@@ -193,6 +193,33 @@ def test_marks(driver: FakeDriver, device: DriverDevice) -> None:
     device.wait(1)
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_prefetches_run_beside_the_rest(driver: FakeDriver, device: DriverDevice, ahead: int) -> None:
+    """A buffer is read, overwritten when that has ended, and read again when the new contents are there."""
+    driver.set(ahead=ahead)
+    address, found = device.allocate(64, "numbers"), [device.pinned(64) for _ in range(2)]
+    held, released, loaded = device.pinned(64), device.fence(), device.fence()
+    held[:] = 7
+    device.download(found[0], address)
+    device.reach(released)
+    device.prefetch(address, held, released, loaded)
+    device.hold(loaded)
+    device.download(found[1], address)
+    device.wait_for(loaded)
+    held[:] = 8
+    device.synchronize()
+    assert (list(found[0]), list(found[1])) == ([0] * 64, [7] * 64)
+    assert driver.live()["stream"] == 2
+
+
+def test_a_fence_that_was_never_reached_is_passed(device: DriverDevice) -> None:
+    fence = device.fence()
+    device.hold(fence)
+    device.wait_for(fence)
+    device.prefetch(device.allocate(64, "numbers"), device.pinned(0), fence, fence)
+    device.synchronize()
+
+
 # Kernels
 
 
@@ -341,6 +368,7 @@ CALLS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {  # what makes a call,
     "cuEventRecord": lambda d, _: d.mark(1),
     "cuEventSynchronize": lambda d, _: d.wait(0),
     "cuStreamSynchronize": lambda d, _: d.synchronize(),
+    "cuStreamWaitEvent": lambda d, _: d.hold(d.fence()),
     "cuModuleLoadData": lambda d, _: d.load(MODULE, ["plain"]),
     "cuModuleGetFunction": lambda d, _: d.load(MODULE, ["plain"]),
     "cuLaunchKernelEx": lambda d, _: d.launch("plain", (1, 1, 1), 32, 0, []),

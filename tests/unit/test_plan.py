@@ -101,6 +101,17 @@ def test_verdict(free: int, verdict: str, says: str) -> None:
     assert bool(says) == bool(result.advice)
 
 
+def test_what_streaming_would_do() -> None:
+    """Of 1 GiB, 30 layers of 27 MiB; with room for 20 layers beside the rest, two of them buffers, 12 are streamed."""
+    layers = 1 - 49152 * 576 / 134_515_008
+    each = int(GIB * layers) // 30
+    workspace = plan(0).workspace_bytes
+    advice = plan(GIB + workspace + GIB - 30 * each + 20 * each + 9999).advice
+    assert f"--weight-memory {(GIB - 10 * each) >> 20}MiB streams {12 * each / GIB:.1f} GiB of layers" in advice
+    assert advice.endswith(f"at most {1e9 / (12 * each):.2g} tokens/s per sequence for each GB/s of the link")
+    assert "--weight-memory" not in plan(GIB + workspace + GIB - 29 * each).advice
+
+
 def test_advice_to_quantize_only_where_it_helps() -> None:
     assert "-q q4" in plan(GIB, quantization="f32").advice
     assert "-q" not in plan(GIB, quantization="q4").advice
