@@ -16,6 +16,7 @@ from mlcgen.runtime.load import load_executor
 from mlcgen.runtime.sampler import SamplingParams
 
 from .small_model import CONFIG, PAGE_SIZE, PAGES, VOCAB, LogitsOnly, OneAtATime, generate
+from .trees import check_model
 
 pytestmark = pytest.mark.skipif(webgpu.missing() is not None, reason=str(webgpu.missing()))
 
@@ -73,6 +74,13 @@ def test_logits_of_the_cpu(compiled: Compile, quantization: str, kv_dtype: str) 
     path, seed = compiled(quantization, kv_dtype), np.random.default_rng().integers(1 << 30)
     cpu, gpu = (logits(load_executor(path, target, num_pages=PAGES).executor, seed) for target in ("cpu", "vulkan"))
     assert np.abs(gpu - cpu).max() < 2e-3 * np.abs(cpu).max(), f"seed {seed}"
+
+
+def test_paths_of_trees_have_the_logits_of_plain_sequences(compiled: Compile) -> None:
+    path = compiled("f32", "f32")
+    cpu, gpu = (load_executor(path, target, num_pages=PAGES).executor for target in ("cpu", "vulkan"))
+    for _ in range(3):
+        check_model(gpu, cpu, VOCAB, 2e-3)
 
 
 def test_a_recorded_step_takes_new_inputs(compiled: Compile) -> None:

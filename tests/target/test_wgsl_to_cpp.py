@@ -197,7 +197,7 @@ def test_take_tokens() -> None:
 @needs_clang
 @emulates
 @pytest.mark.parametrize("layer", ATTENDED, ids=lambda layer: f"{layer.kv_dtype}-{layer.head_dim}")
-@pytest.mark.parametrize("batch", ["whole prompts", "ragged"])
+@pytest.mark.parametrize("batch", ["whole prompts", "ragged", "trees beside others"])
 def test_attention_of_any_step(layer: attention.Layer, batch: str) -> None:
     attention.test_any_step(layer, attention.BATCHES[batch])
 
