@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from mlcgen.adapter_layout import AdapterLayout
     from mlcgen.runtime.sampler import Sampled, Sampler
 
 Int32 = npt.NDArray[np.int32]
@@ -26,6 +27,13 @@ class StepInput:
     seq_lens: Int32  # (seqs,) tokens of the sequence in the cache after this step
     query_start: Int32  # (seqs + 1,)
     logit_rows: Int32  # (rows,) token rows whose logits are wanted
+
+
+@dataclass(frozen=True)
+class AdaptedStepInput(StepInput):
+    """A step in which some sequence has an adapter."""
+
+    adapter_slots: Int32  # (tokens,) the slot of each token's adapter; -1: none
 
 
 class Executor(Protocol):
@@ -51,6 +59,17 @@ class Executor(Protocol):
 
     def write_page(self, page: int, contents: Uint8) -> None:
         """What `read_page` gave, into a page, before the next step is begun."""
+        ...
+
+
+@runtime_checkable
+class AdaptedExecutor(Executor, Protocol):
+    """An executor whose artifact may take adapters; its steps may be AdaptedStepInputs then."""
+
+    adapters: "AdapterLayout | None"
+
+    def write_adapter(self, slot: int, matrices: "Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]]") -> None:
+        """Fill a slot, before the next step is begun: (lora_a, lora_b) of each group, as AdapterLayout says."""
         ...
 
 

@@ -59,7 +59,8 @@ def load_executor(
         load_runtime_library(_carried_runtime(path, manifest))
         pages = num_pages or default_num_pages(manifest, batch)
         limit = int(entry["max_tokens_per_step"])
-        executor = VmExecutor(library, manifest, weights, pages, limit, num_threads)
+        adapted = artifact.check_hash(path, entry["adapted"]) if "adapters" in manifest else None
+        executor = VmExecutor(library, manifest, weights, pages, limit, num_threads, adapted)
     config = artifact.read_tokenizer_config(path)
     eos = [int(token) for token in manifest["model"].get("eos_token_ids", [])]
     return LoadedModel(

@@ -6,7 +6,7 @@ import importlib.util
 import mmap
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlcgen.adapter_layout import AdapterLayout, ProjectionGroup
 from mlcgen.errors import ArtifactError, RequestError
 from mlcgen.runtime.cpu import usable_cores
-from mlcgen.runtime.executor import Float32, StepInput, Uint8
+from mlcgen.runtime.executor import AdaptedStepInput, Float32, StepInput, Uint8
 from mlcgen.safetensors import ALIGNMENT
 
 KV_STORAGE = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
@@ -77,7 +78,9 @@ class VmExecutor:
         num_pages: int,
         max_tokens_per_step: int,
         num_threads: int | None = None,
+        adapted_library: Path | None = None,
     ) -> None:
+        """adapted_library: with the path of adapters, where the artifact has it."""
         threads = num_threads or usable_cores()
         os.environ.setdefault("TVM_NUM_THREADS", str(threads))  # read when the first kernel runs
         import tvm_ffi
@@ -87,9 +90,8 @@ class VmExecutor:
         self.num_pages, self.page_size = num_pages, int(kv["page_size"])
         self.vocab_size = int(model["vocab_size"])
         self.max_tokens_per_step = max_tokens_per_step
-        self._vm = tvm_ffi.load_module(str(library))["vm_load_executable"]()
-        self._vm["vm_initialization"](_CPU, 0, _POOLED)
-        self._forward = self._vm[manifest["entry"]["name"]]
+        entry = manifest["entry"]["name"]
+        self._forward = _load_function(library, entry)
         if num_threads:
             tvm_ffi.get_global_func("runtime.config_threadpool")(1, num_threads)
         shape = (num_pages, 2, int(kv["num_kv_heads"]), self.page_size, int(kv["head_dim"]))
@@ -100,6 +102,12 @@ class VmExecutor:
         self._weights = [self._tensor(weights[name]) for name in manifest["entry"]["weights"]]
         self._inputs: list[str] = list(manifest["entry"]["inputs"])
         self._staged: dict[str, tuple[npt.NDArray[Any], Any]] = {}
+        self.adapters: AdapterLayout | None = None
+        if adapted_library is not None:
+            self.adapters = AdapterLayout.from_json(manifest["adapters"])
+            self._adapted = _load_function(adapted_library, entry)
+            self._slots = [_zero_slots(group, self.adapters) for group in self.adapters.groups]
+            self._fixed = self._fixed_arguments()
 
     def step(self, batch: StepInput) -> Float32:
         """See Executor.step."""
@@ -107,8 +115,12 @@ class VmExecutor:
             raise RequestError(f"{len(batch.input_ids)} tokens in one step, {self.max_tokens_per_step} were compiled")
         wanted = len(batch.logit_rows)
         rows = batch.logit_rows if wanted else np.zeros(1, np.int32)  # the output matrix takes at least one row
-        inputs = [self._stage(name, rows if name == "logit_rows" else getattr(batch, name)) for name in self._inputs]
-        logits = self._forward(*inputs, *self._pages, *self._weights)
+        arrays = {**vars(batch), "logit_rows": rows}
+        if isinstance(batch, AdaptedStepInput):
+            logits = self._adapted(*self._adapted_arguments(arrays), *self._weights)
+        else:
+            inputs = [self._stage(name, arrays[name]) for name in self._inputs]
+            logits = self._forward(*inputs, *self._pages, *self._weights)
         result: Float32 = np.from_dlpack(logits)[:wanted]  # type: ignore[assignment]
         return result
 
@@ -127,6 +139,25 @@ class VmExecutor:
         for layer, pages in zip(contents, self._page_bytes, strict=True):
             pages[page] = layer
 
+    def write_adapter(self, slot: int, matrices: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> None:
+        """See AdaptedExecutor.write_adapter."""
+        for slots, pair in zip(self._slots, matrices, strict=True):
+            for buffer, matrix in zip(slots, pair, strict=True):
+                buffer[slot] = matrix
+
+    def _fixed_arguments(self) -> dict[str, Any]:
+        """Of the function with the path of adapters: those that stay the same from step to step, by name."""
+        fixed = {f"pages_{layer}": pages for layer, pages in enumerate(self._pages)}
+        for i, pair in enumerate(self._slots):
+            a, b = map(self._tensor, pair)
+            fixed |= {f"lora_a_{i}": a, f"lora_b_{i}": b}
+        return fixed
+
+    def _adapted_arguments(self, arrays: Mapping[str, npt.NDArray[Any]]) -> list[Any]:
+        assert self.adapters is not None, "the artifact takes no adapters"
+        fixed = self._fixed
+        return [fixed[n] if n in fixed else self._stage(n, arrays[n]) for n in self.adapters.arguments]
+
     def _stage(self, name: str, array: npt.NDArray[Any]) -> Any:
         """The tensor of an input. While its shape stays the same, as when decoding, memory and tensor are kept."""
         held, tensor = self._staged.get(name, (None, None))
@@ -136,6 +167,20 @@ class VmExecutor:
             self._staged[name] = held, tensor
         held[...] = array
         return tensor
+
+
+def _load_function(library: Path, name: str) -> Any:
+    import tvm_ffi
+
+    vm = tvm_ffi.load_module(str(library))["vm_load_executable"]()
+    vm["vm_initialization"](_CPU, 0, _POOLED)
+    return vm[name]
+
+
+def _zero_slots(group: ProjectionGroup, layout: AdapterLayout) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """lora_a and lora_b."""
+    limits = layout.limits
+    return _zero_pages(group.a_shape(limits), limits.dtype), _zero_pages(group.b_shape(limits), limits.dtype)
 
 
 def _zero_pages(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
