@@ -39,6 +39,7 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
     # Others, such as pissa, change the model's own weights too.
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }
+_HARMLESS = ("use_rslora", "eva_config", "megatron_config")  # the first is honoured, the others are of training
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ def _check_plain(file: Path, fields: Mapping[str, Any]) -> None:
         value = fields.get(name)
         if not any(type(value) is type(each) and value == each for each in allowed):
             raise UnsupportedError(f"{file}: {name} is {value!r:.60}; only plain LoRA is supported: train it without")
-    for name, value in fields.items():  # use_dora, and what may follow
-        if name.startswith("use_") and name != "use_rslora" and value:
+    for name, value in fields.items():  # use_dora, kasa_config, and what may follow
+        if (name.startswith("use_") or name.endswith("_config")) and name not in _HARMLESS and value:
             raise UnsupportedError(
                 f"{file}: {name[:40]} is {value!r:.40}; only plain LoRA is supported: train it without"
             )

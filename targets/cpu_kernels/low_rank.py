@@ -35,6 +35,7 @@ from .vector import (
 )
 
 UNROLL = 8  # columns of A or B
+SMALL = 1 << 16  # products that one thread makes in the time of waking the others
 
 Tokens = Callable[[Sequence[Expr], Expr], None]  # (tokens of one adapter, its slot)
 
@@ -99,7 +100,7 @@ def _shrink(isa: Isa, x: Buffer, a: Buffer, slots: Buffer, inner: Buffer) -> Non
 
         _for_each_adapter(slots, index // tiles * height, height, product)
 
-    parallel_for(bind(ceildiv(n, height) * tiles), task)
+    _run_tasks(n, tiles, height, tiles * TILE * width, task)
 
 
 def _expand(isa: Isa, spec: LowRank, inner: Buffer, b: Buffer, slots: Buffer, y: Buffer) -> None:
@@ -141,7 +142,20 @@ def _expand(isa: Isa, spec: LowRank, inner: Buffer, b: Buffer, slots: Buffer, y:
                     add_part(last, column)
             tile_start, column_start = end, column_start + features
 
-    parallel_for(bind(ceildiv(n, height) * tiles), task)
+    _run_tasks(n, tiles, height, tiles * TILE * rank, task)
+
+
+def _run_tasks(n: Expr, tiles: int, height: int, work: int, task: Callable[[Expr], None]) -> None:
+    """task(block of tokens * tiles + tile) on all threads, or on this one where waking them costs more than the work.
+
+    work: products for each token.
+    """
+    count = bind(ceildiv(n, height) * tiles)
+    with T.If(n * work <= SMALL):
+        with T.Then(), T.serial(count) as index:
+            task(index)
+        with T.Else(), T.parallel(count) as index:
+            task(index)
 
 
 def _for_each_adapter(slots: Buffer, first: Expr, height: int, body: Tokens) -> None:

@@ -99,6 +99,11 @@ def test_sizes_off_the_tiles(mcpu: str, width: int, parts: tuple[int, ...], rank
 
 
 @every_float_isa
+def test_few_tokens_that_all_threads_share(mcpu: str) -> None:
+    check(mcpu, LowRank(512, (160, 80), AdapterLimits(64, SLOTS, "float16")), [[1], [0, -1], [2, 0, 1, 1, 1]])
+
+
+@every_float_isa
 def test_a_value_that_is_not_finite_spoils_its_row_and_no_other(mcpu: str) -> None:
     spec = LowRank(32, (16,), AdapterLimits(4, SLOTS, "float32"))
     kernel = build(mcpu, lambda isa: low_rank(spec, isa))
