@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcgen import artifact, weights
+from mlcgen.adapter_layout import AdapterLayout
 from mlcgen.compile_target import Observer, Options, Progress, carry_runtime, compile_targets
 from mlcgen.errors import ArtifactError, UnsupportedError
 from mlcgen.models import parse_config
@@ -37,7 +38,8 @@ def add_targets(
     with artifact.new_artifact(path) as staging:
         _link_files(path, staging)
         for target in resolved:  # a linked file is the old artifact's, not to be written over
-            (staging / artifact.library_file(target.name, target.executor)).unlink(missing_ok=True)
+            for has_adapters in (False, True):
+                (staging / artifact.library_file(target.name, target.executor, has_adapters)).unlink(missing_ok=True)
         observe = Observer(log, None)
         reports, entries = _compile(manifest, resolved, staging, progress or (lambda stage, done, total: None), observe)
         names = {entry["name"] for entry in entries}
@@ -67,17 +69,22 @@ def _compile(
     kv = manifest["kv"]
     layout = KvLayout(kv["num_kv_heads"], kv["head_dim"], kv["page_size"], kv["dtype"])
     limits = manifest["context_length"], manifest["max_batch"]
-    options = Options(manifest["name"], manifest["quantization"], *limits, layout, manifest["random_weights"])
+    limits_of_adapters = AdapterLayout.from_json(manifest["adapters"]).limits if "adapters" in manifest else None
+    options = Options(
+        manifest["name"], manifest["quantization"], *limits, layout, manifest["random_weights"], limits_of_adapters
+    )
     config = parse_config(hf)
     mod, names = export(config)
     shapes = {name: static_shape(p) for name, p in zip(names, mod[FORWARD].params[2:], strict=True)}
     if missing := sorted(shapes.keys() - dtypes.keys()):
         raise ArtifactError(f"the manifest does not say how {missing[0]!r} was stored; compile the model again")
     stored = weights.storage_plan(options.quantization, shapes, dtypes)
-    lifted, reports, entries = compile_targets(mod, config, stored, options, targets, staging, progress, observe)
-    if lifted.weights != manifest["entry"]["weights"]:
+    made = compile_targets(mod, config, stored, options, targets, staging, progress, observe)
+    if made.lifted.weights != manifest["entry"]["weights"]:
         raise ArtifactError("this mlcgen stores the model's weights in another way; compile the model again")
-    return reports, entries
+    if made.adapters is not None and made.adapters.to_json() != manifest["adapters"]:
+        raise ArtifactError("this mlcgen arranges adapters in another way; compile the model again")
+    return made.reports, made.entries
 
 
 def _origin(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -5,6 +5,7 @@ report.json                          how each kernel was made
 tokenizer.json tokenizer_config.json
 weights/model.safetensors            shared by all targets, 64-byte aligned so that it can be memory-mapped
 lib/<target>.so or .plan             compiled code
+lib/<target>.adapters.so             likewise, with the path of low-rank adapters
 lib/<arch>/libtvm_runtime.so         the runtime library that the code was built for
 """
 
@@ -24,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlcgen import safetensors
+from mlcgen.adapter_layout import MAX_RANK, MAX_SLOTS
 from mlcgen.errors import ArtifactError, CheckpointError
 from mlcgen.runtime.cpu import usable_cores
 from mlcgen.runtime.executor import StepInput
@@ -62,10 +64,22 @@ _SCHEMA: dict[str, Any] = {
     "weights": [{"bytes": int, "is_hashed_by_blocks": bool, **_FILE}],
     "versions": dict,
 }
+# What an artifact that was compiled for adapters has too.
+_ADAPTERS_SCHEMA = {
+    "targets": [{"adapted": _FILE}],
+    "adapters": {
+        "rank": range(1, MAX_RANK + 1),
+        "slots": range(1, MAX_SLOTS + 1),
+        "dtype": ("float32", "float16"),
+        "groups": [{"projections": [str], "in_features": _SIZE, "out_features": [_SIZE]}],
+        "arguments": [str],
+    },
+}
 
 
-def library_file(target_name: str, executor: str = "vm") -> str:
-    return f"lib/{target_name.replace(':', '-')}.{'plan' if executor == 'plan' else 'so'}"
+def library_file(target_name: str, executor: str = "vm", has_adapters: bool = False) -> str:
+    name = target_name.replace(":", "-") + (".adapters" if has_adapters else "")
+    return f"lib/{name}.{'plan' if executor == 'plan' else 'so'}"
 
 
 def runtime_library_file(arch: str) -> str:
@@ -79,9 +93,13 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     if type(version) is not int or version != SCHEMA_VERSION:
         text = f"{path} has schema_version {version!r:.40}, this mlcgen reads {SCHEMA_VERSION}"
         raise ArtifactError(f"{text}; compile the model again")
-    if problem := _mismatch(manifest, _SCHEMA, ""):
+    problem = _mismatch(manifest, _SCHEMA, "")
+    if problem is None and "adapters" in manifest:
+        problem = _mismatch(manifest, _ADAPTERS_SCHEMA, "")
+    if problem:
         raise ArtifactError(f"{path}/{MANIFEST}: {problem}; compile the model again")
-    for entry in [*manifest["targets"], *manifest["weights"], *manifest["runtime_libraries"]]:
+    adapted = [entry["adapted"] for entry in manifest["targets"]] if "adapters" in manifest else []
+    for entry in [*manifest["targets"], *manifest["weights"], *manifest["runtime_libraries"], *adapted]:
         inside(path, entry["file"])
     if not manifest["targets"] or not (manifest["weights"] or manifest["random_weights"]):
         raise ArtifactError(f"{path}/{MANIFEST} names no target or no weights; compile the model again")

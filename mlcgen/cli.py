@@ -138,6 +138,8 @@ def compile(
     layers: Annotated[int | None, typer.Option(min=1, help="Only the first ones, for a draft model.")] = None,
     dump_ir: Annotated[Path | None, typer.Option(help="Write the module after each pass here.")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="From config alone.")] = False,
+    lora_rank: Annotated[int | None, typer.Option(min=1, help="Take LoRA adapters of up to this rank.")] = None,
+    adapters: Annotated[int, typer.Option(min=1, help="With --lora-rank: adapters loaded at once.")] = 8,
     as_json: Json = False,
 ) -> None:
     """Compile a model into an artifact."""
@@ -156,6 +158,8 @@ def compile(
             layers=layers,
             dump_ir=dump_ir,
             random_weights=random_weights,
+            lora_rank=lora_rank,
+            adapters=adapters,
             progress=progress.update,
             log=output.log if output.settings.verbose else None,
         )
@@ -189,6 +193,7 @@ def run(
     seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="Ends the text; repeat for several.")] = None,
     logprobs: Annotated[int | None, typer.Option(min=1, help="With --json: the best tokens of each step.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter: a folder that PEFT saved.")] = None,
     num_pages: NumPages = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Sequences per step; default: as compiled.")] = None,
     threads: Threads = None,
@@ -221,12 +226,15 @@ def run(
         options = _engine_options(speculation, draft_model, branches, trust, check_numerics)
         sizes = num_pages, max_batch, threads, gpu_memory_utilization
         llm = LLM(artifact, target, *sizes, options, weight_memory=weight_memory)
+        if adapter is not None:
+            llm.load_adapter(str(adapter), adapter)
+    name = None if adapter is None else str(adapter)
     if target == "auto":
         output.chosen_target(artifact)
     if len(prompts) == 1 and not as_json:
-        return output.stream(llm.stream(prompts[0], params))
+        return output.stream(llm.stream(prompts[0], params, name))
     with output.waiting("generating"):
-        outputs = llm.generate(prompts, params)
+        outputs = llm.generate(prompts, params, name)
     output.completions(outputs, logprobs, as_json)
     if any(each.error for each in outputs):
         raise typer.Exit(1)

@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from mlcgen import artifact, weights
+from mlcgen.adapter_layout import MAX_RANK, MAX_SLOTS, AdapterLimits
 from mlcgen.checkpoint import Checkpoint, open_checkpoint
-from mlcgen.compile_target import Observer, Options, Progress, build_functions, carry_runtime, compile_targets
+from mlcgen.compile_target import (
+    Compiled,
+    Observer,
+    Options,
+    Progress,
+    build_functions,
+    carry_runtime,
+    compile_targets,
+)
 from mlcgen.errors import CompileError, UnsupportedError
 from mlcgen.formats import QUANTIZATIONS, resolve_kv_dtype
 from mlcgen.models import parse_config
 from mlcgen.models.config import DecoderConfig
 from mlcgen.models.layers import export
-from mlcgen.passes.lift_weights import Lifted
 from mlcgen.passes.paged_attention import KvLayout
 from mlcgen.passes.rewrite import FORWARD, static_shape
 from mlcgen.targets import resolve
@@ -35,6 +43,8 @@ def compile(
     layers: int | None = None,
     dump_ir: str | Path | None = None,
     random_weights: bool = False,
+    lora_rank: int | None = None,
+    adapters: int = 8,
     progress: Progress | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Path:
@@ -45,6 +55,7 @@ def compile(
     max_batch: sequences in one step. kv_dtype: float32, float16, bfloat16 or auto (float32 for f32, else float16).
     page_size: tokens per KV page, 1 to 256. layers: keep the first ones only, for a model that guesses what the whole
     one will say. dump_ir: a directory for the module after each pass. random_weights: needs the config alone.
+    lora_rank: the largest rank of low-rank adapters, of which `adapters` can be loaded at once; None: none can.
     progress: called with (stage, done, total); log: with a line per pass. Returns the artifact's path.
 
     Raises CheckpointError, UnsupportedError, TargetError or CompileError; nothing is left behind then.
@@ -56,7 +67,9 @@ def compile(
     config = parse_config(checkpoint.config)
     limits = _limits(config, context_length, max_batch, min(t.max_tokens_per_step for t in resolved))
     layout = _kv_layout(config, quantization, kv_dtype, page_size)
-    options = Options(str(model), quantization, *limits, layout, random_weights)
+    options = Options(
+        str(model), quantization, *limits, layout, random_weights, _adapter_limits(quantization, lora_rank, adapters)
+    )
     path = Path(output) if output else Path("dist") / f"{checkpoint.name}-{quantization}"
     try:
         with artifact.new_artifact(path) as staging:
@@ -97,15 +110,15 @@ def _build(
     else:
         weights.check_parameters(checkpoint, shapes)
     plan = weights.storage_plan(options.quantization, shapes, dtypes)
-    lifted, reports, entries = compile_targets(mod, config, plan, options, targets, staging, progress, observe)
+    made = compile_targets(mod, config, plan, options, targets, staging, progress, observe)
     if not _are_made_on_device(options, targets):
-        vm = build_functions(lifted.transform_module, observe)
+        vm = build_functions(made.lifted.transform_module, observe)
         read = weights.random_reader(shapes) if options.random_weights else weights.checkpoint_reader(checkpoint)
         file = staging / artifact.WEIGHTS
-        weights.convert_weights(lifted, vm, read, file, lambda done, total: progress("weights", done, total))
+        weights.convert_weights(made.lifted, vm, read, file, lambda done, total: progress("weights", done, total))
     _write_tokenizer(checkpoint, staging)
-    artifact.write_json(staging / artifact.REPORT, reports)
-    manifest = _manifest(checkpoint, config, options, lifted, entries, staging)
+    artifact.write_json(staging / artifact.REPORT, made.reports)
+    manifest = _manifest(checkpoint, config, options, made, staging)
     manifest["checkpoint"] = {"config": dict(checkpoint.config), "dtypes": {name: dtypes[name] for name in shapes}}
     artifact.write_json(staging / artifact.MANIFEST, manifest)
 
@@ -133,14 +146,24 @@ def _kv_layout(config: DecoderConfig, quantization: str, kv_dtype: str, page_siz
     return KvLayout(config.num_kv_heads, config.head_dim, page_size, resolve_kv_dtype(kv_dtype, quantization))
 
 
+def _adapter_limits(quantization: str, rank: int | None, slots: int) -> AdapterLimits | None:
+    """float32 beside float32 weights; else 16 bits, of which the sums are made in float32."""
+    if rank is None:
+        return None
+    for option, value, most in (("--lora-rank", rank, MAX_RANK), ("--adapters", slots, MAX_SLOTS)):
+        if not 1 <= value <= most:
+            raise UnsupportedError(f"{option} {value} is not between 1 and {most}")
+    return AdapterLimits(rank, slots, "float32" if quantization == "f32" else "float16")
+
+
 def _manifest(
     checkpoint: Checkpoint,
     config: DecoderConfig,
     options: Options,
-    lifted: Lifted,
-    targets: list[dict[str, Any]],
+    made: Compiled,
     staging: Path,
 ) -> dict[str, Any]:
+    lifted = made.lifted
     func = lifted.forward[FORWARD]
     inputs = [p.name for p in func.params[: len(func.params) - len(lifted.weights)] if not p.name.startswith("pages_")]
     kv = {**dataclasses.asdict(options.kv), "num_layers": config.num_layers}
@@ -153,8 +176,9 @@ def _manifest(
         "context_length": options.context_length,
         "max_batch": options.max_batch,
         "entry": {"name": FORWARD, "inputs": inputs, "weights": lifted.weights},
-        "targets": targets,
-        "runtime_libraries": carry_runtime(targets, staging),
+        "targets": made.entries,
+        **({"adapters": made.adapters.to_json()} if made.adapters is not None else {}),
+        "runtime_libraries": carry_runtime(made.entries, staging),
         "weights": _weight_files(staging),
         "random_weights": options.random_weights,
         "versions": {name: version(name) for name in ("mlcgen", "apache-tvm", "apache-tvm-ffi")},

@@ -11,13 +11,16 @@ import tvm
 from tvm import IRModule, relax
 
 from mlcgen import artifact, passes, report
+from mlcgen.adapter_layout import AdapterLayout, AdapterLimits
 from mlcgen.errors import UnsupportedError
 from mlcgen.launch_plan import launch_plan, variants
 from mlcgen.link import link_library
 from mlcgen.models.config import DecoderConfig
+from mlcgen.passes.add_adapters import adapter_groups
 from mlcgen.passes.lift_weights import Lifted, lift_weights
 from mlcgen.passes.paged_attention import KvLayout
 from mlcgen.passes.quantize import WeightSource
+from mlcgen.passes.rewrite import FORWARD
 from mlcgen.runtime.cpu import host_arch
 from mlcgen.runtime.vm_executor import installed_runtime_library
 from mlcgen.targets import resolve
@@ -37,10 +40,13 @@ class Options:
     max_batch: int
     kv: KvLayout
     random_weights: bool
+    adapters: AdapterLimits | None = None
 
 
 def _check(target: Target, config: DecoderConfig, options: Options, plan: Mapping[str, WeightSource]) -> None:
     """Raises UnsupportedError for what the target's kernels do not take, before any work is done."""
+    if options.adapters is not None and not target.has_adapters:
+        raise UnsupportedError(f"{target.name} has no kernels for adapters: compile it without --lora-rank")
     if options.kv.dtype not in target.kv_dtypes:
         have = " or ".join(target.kv_dtypes)
         raise UnsupportedError(f"{target.name} keeps no keys and values in {options.kv.dtype}: add --kv-dtype {have}")
@@ -60,6 +66,14 @@ def _activation_fallback(target: Target, plan: Mapping[str, WeightSource]) -> li
     return [f"{target.kind} has no products of 8-bit activations; they keep 16 bits"]
 
 
+@dataclass(frozen=True)
+class Compiled:
+    lifted: Lifted  # the function whose weights are inputs
+    reports: dict[str, Any]  # by target
+    entries: list[dict[str, Any]]  # of the manifest
+    adapters: AdapterLayout | None
+
+
 def compile_targets(
     mod: IRModule,
     config: DecoderConfig,
@@ -69,13 +83,14 @@ def compile_targets(
     staging: Path,
     progress: Progress,
     observe: "Observer",
-) -> tuple[Lifted, dict[str, Any], list[dict[str, Any]]]:
-    """(the function whose weights are inputs, report by target, manifest entries); writes the targets' files.
+) -> Compiled:
+    """Writes the targets' files.
 
     stored: what weights.storage_plan gives. Raises UnsupportedError before any work is done.
     """
     plan, fallbacks = stored
     lifted: Lifted | None = None
+    layout: AdapterLayout | None = None
     reports, entries = {}, []
     for target in targets:
         _check(target, config, options, plan)
@@ -83,11 +98,25 @@ def compile_targets(
         one, lines = _compile(mod, plan, options, target, staging, progress, observe)
         assert lifted is None or lifted.weights == one.weights, "targets must store the same weights"
         lifted = one
+        entry = _entry(target, staging)
+        if options.adapters is not None:
+            # A function of its own: where no sequence has an adapter, the one that knows of none runs.
+            adapted, more = _compile(mod, plan, options, target, staging, progress, observe, options.adapters)
+            assert adapted.weights == one.weights, "both functions must read the same weights"
+            layout = _layout(adapted, options.adapters)
+            lines["adapter_kernels"] = more["kernels"]
+            entry["adapted"] = _file(target, staging, has_adapters=True)
         its_fallbacks = [*target.fallbacks, *fallbacks, *_activation_fallback(target, plan), *lines["fallbacks"]]
         reports[target.name] = {**lines, "fallbacks": its_fallbacks}
-        entries.append(_entry(target, staging))
+        entries.append(entry)
     assert lifted is not None
-    return lifted, reports, entries
+    return Compiled(lifted, reports, entries, layout)
+
+
+def _layout(lifted: Lifted, limits: AdapterLimits) -> AdapterLayout:
+    func = lifted.forward[FORWARD]
+    names = [str(p.name) for p in func.params[: len(func.params) - len(lifted.weights)]]
+    return AdapterLayout(limits, adapter_groups(lifted.forward), tuple(names))
 
 
 def _compile(
@@ -98,11 +127,12 @@ def _compile(
     staging: Path,
     progress: Progress,
     observe: "Observer",
+    adapters: AdapterLimits | None = None,
 ) -> tuple[Lifted, dict[str, Any]]:
-    """Passes and code generation; writes the library."""
+    """Passes and code generation; writes the library, with `adapters` that of the function with their path."""
     tokens = target.max_tokens_per_step
     bounds = {"n": tokens, "rows": min(tokens, max(MAX_LOGIT_ROWS, options.max_batch)), "seqs": options.max_batch}
-    pass_options = passes.PassOptions(plan, options.kv, bounds)
+    pass_options = passes.PassOptions(plan, options.kv, bounds, adapters)
     model_passes, lowering = passes.model_pipeline(target, pass_options), passes.lowering_pipeline(target, bounds)
     scheduled: list[IRModule] = []
     done = 0
@@ -119,7 +149,7 @@ def _compile(
     lowered = passes.run(lifted.forward, lowering, target, observe_pass)
     progress(f"code for {target.name}", 0, 1)
     kernels = report.kernels(scheduled[0], len(lifted.weights))
-    file = staging / artifact.library_file(target.name, target.executor)
+    file = staging / artifact.library_file(target.name, target.executor, adapters is not None)
     if target.executor == "plan":
         made, kernels["functions"] = launch_plan(lowered, target, lifted.weights, bounds)
         for line in kernels["kernels"]:
@@ -146,8 +176,12 @@ def _generate(mod: IRModule, target: Target, observe: Callable[[str, IRModule], 
     return executable
 
 
+def _file(target: Target, staging: Path, has_adapters: bool) -> dict[str, str]:
+    file = artifact.library_file(target.name, target.executor, has_adapters)
+    return {"file": file, "sha256": artifact.sha256(staging / file)}
+
+
 def _entry(target: Target, staging: Path) -> dict[str, Any]:
-    file = artifact.library_file(target.name, target.executor)
     return {
         "name": target.name,
         "kind": target.kind,
@@ -155,8 +189,7 @@ def _entry(target: Target, staging: Path) -> dict[str, Any]:
         "features": list(target.features),
         "executor": target.executor,
         "max_tokens_per_step": target.max_tokens_per_step,
-        "file": file,
-        "sha256": artifact.sha256(staging / file),
+        **_file(target, staging, has_adapters=False),
     }
 
 

@@ -7,6 +7,8 @@ from functools import partial
 import tvm
 from tvm import IRModule, relax
 
+from mlcgen.adapter_layout import AdapterLimits
+from mlcgen.passes.add_adapters import add_adapters
 from mlcgen.passes.fuse_attention import fuse_attention
 from mlcgen.passes.fuse_gate_up import fuse_gate_up
 from mlcgen.passes.fuse_linear import fuse_linear
@@ -30,6 +32,7 @@ class PassOptions:
     sources: Mapping[str, WeightSource]  # variable name of each parameter -> how it is stored
     kv: KvLayout
     bounds: Mapping[str, int]  # largest value of each symbolic dimension, for memory planning
+    adapters: AdapterLimits | None = None  # of the function with their path
 
 
 def model_pipeline(target: Target, options: PassOptions) -> list[NamedPass]:
@@ -42,11 +45,17 @@ def model_pipeline(target: Target, options: PassOptions) -> list[NamedPass]:
         found = [options.sources[name] for name in names]
         return len({(source.fmt, source.in_groups) for source in found}) == 1
 
-    return [
+    passes: list[NamedPass] = [
         ("select_logit_rows", select_logit_rows),
         # Before quantize: stacking whole matrices is simpler than stacking their parts.
         ("fuse_qkv", partial(fuse_qkv, can_stack=can_stack)),
         ("fuse_gate_up", partial(fuse_gate_up, can_stack=can_stack)),
+    ]
+    if options.adapters is not None:
+        # After projections became one: they share a path. Before fuse_linear: it takes bias and residual along.
+        passes.append(("add_adapters", partial(add_adapters, limits=options.adapters, target=target)))
+    return [
+        *passes,
         ("quantize", partial(quantize, sources=options.sources)),
         ("fuse_linear", partial(fuse_linear, formats=formats, target=target)),
         ("paged_attention", partial(paged_attention, layout=options.kv, target=target)),

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from mlcgen.adapter_layout import AdapterLimits
 from mlcgen.formats import WeightFormat
 
 
@@ -25,6 +26,22 @@ class Linear:
         around = {"norm": self.norm_eps is not None, "gated": self.is_gated}
         around |= {"swiglu": self.gates_result, "residual": self.has_residual}
         return "_".join(["linear", self.fmt.name, *(name for name, present in around.items() if present)])
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """y (n, sum of N) += f(x) A^T B^T, with the A and B of each token's adapter (mlcgen/adapter_layout.py)."""
+
+    in_features: int  # K
+    out_features: tuple[int, ...]  # N of each part
+    limits: AdapterLimits
+    norm_eps: float | None = None  # f(x) as in Linear
+    is_gated: bool = False
+
+    @property
+    def name(self) -> str:
+        around = {"norm": self.norm_eps is not None, "gated": self.is_gated}
+        return "_".join(["low_rank", *(name for name, present in around.items() if present)])
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,14 @@ class Kernels(Protocol):
     def embedding(self, fmt: WeightFormat, vocab: int, hidden: int) -> Any: ...
     def rope_append(self, num_heads: int, num_kv_heads: int, head_dim: int, page_size: int, kv_dtype: str) -> Any: ...
     def paged_attention(self, spec: Attention) -> Any: ...
+
+
+class AdapterKernels(Kernels, Protocol):
+    """Those of a target that runs adapters (has_adapters)."""
+
+    def low_rank(self, spec: LowRank) -> Any:
+        """PrimFunc(x, [norm weight], adapter_slots, lora_a, lora_b, y), which writes y in place."""
+        ...
 
 
 class PlanKernels(Kernels, Protocol):
@@ -96,6 +121,7 @@ class Target:
     turns_in_attention: bool = False  # rotary embedding and the append to the cache are the attention kernel's
     reads_plain_rows: bool = False  # of float matrices; tiles are put in order when they are loaded
     overlaps_kernels: bool = False  # a kernel may start while the one before it ends, and wait for it itself
+    has_adapters: bool = False  # low-rank adapters at run time
     block_threads: int = 0  # threads of a block for kernels that no target wrote; 0: a CPU's loops instead
     # What its kernels take: types of the KV cache, sizes of a head (empty: any), float32 matrices, 8-bit activations.
     kv_dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")

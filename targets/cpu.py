@@ -11,7 +11,7 @@ from mlcgen.errors import TargetError
 from mlcgen.formats import WeightFormat
 from mlcgen.runtime.cpu import cpu_features, host_arch, host_features
 from mlcgen.targets import cpu_kernels
-from mlcgen.targets.base import Attention, Linear, Target
+from mlcgen.targets.base import Attention, Linear, LowRank, Target
 from mlcgen.targets.cpu_kernels import Isa
 
 # LLVM's features that generated code may use, from the widest; a variant lists those that its CPUs have.
@@ -50,7 +50,8 @@ def cpu_target(variant: str = "") -> Target:
 def _target(variant: str, arch: str, features: tuple[str, ...], fallbacks: tuple[str, ...] = ()) -> Target:
     tvm_target = {"kind": "llvm", "mtriple": _TRIPLES[arch], "mattr": [f"+{f}" for f in features]}
     name = "cpu" if variant == "native" else f"cpu:{variant}"
-    return Target(name, "cpu", "vm", tvm_target, features, arch, fallbacks, kernels=CpuKernels(_isa(tvm_target)))
+    kernels = CpuKernels(_isa(tvm_target))
+    return Target(name, "cpu", "vm", tvm_target, features, arch, fallbacks, has_adapters=True, kernels=kernels)
 
 
 def _isa(tvm_target: dict[str, Any]) -> Isa:
@@ -83,6 +84,12 @@ class CpuKernels:
     def paged_attention(self, spec: Attention) -> Any:
         sizes = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.page_size, spec.kv_dtype)
         return _described(cpu_kernels.paged_attention(*sizes, spec.scale, spec.window, self.isa), "attention")
+
+    @functools.cache  # noqa: B019
+    def low_rank(self, spec: LowRank) -> Any:
+        """See AdapterKernels."""
+        ranks = spec.limits.rank * (len(spec.out_features) * spec.in_features + sum(spec.out_features))
+        return _described(cpu_kernels.low_rank(spec, self.isa), "low_rank", weights=ranks)
 
 
 def _described(kernel: Any, file: str, units: str = "", weights: int = 0) -> Any:

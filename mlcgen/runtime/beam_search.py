@@ -105,6 +105,7 @@ class BeamSearch:
     def _copy(self, beam: Request) -> Request:
         copy = self.new_beam()
         copy.tokens[:] = beam.tokens
+        copy.adapter_slot, copy.cache_root = beam.adapter_slot, beam.cache_root
         copy.completion.token_ids[:] = beam.completion.token_ids
         copy.completion.logprobs = list(beam.completion.logprobs or [])
         return copy

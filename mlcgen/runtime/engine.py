@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from mlcgen.errors import DeviceError, MlcgenError, RequestError
+from mlcgen.runtime.adapters import Adapter, Adapters
 from mlcgen.runtime.beam_search import BeamSearch
 from mlcgen.runtime.draft import ROOT, Draft
 from mlcgen.runtime.executor import Executor, SamplingExecutor, StepInput
@@ -19,6 +21,7 @@ from mlcgen.runtime.ngram import NgramDrafter
 from mlcgen.runtime.options import EngineOptions
 from mlcgen.runtime.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
 from mlcgen.runtime.page_mover import PageMover
+from mlcgen.runtime.peft import read_adapter
 from mlcgen.runtime.request import Intake, Prompt, Request
 from mlcgen.runtime.sampler import NO_TOKEN, Sampled, SamplingParams
 from mlcgen.runtime.scheduler import Scheduler
@@ -86,6 +89,7 @@ class Engine:
         sees from a token; 0: all."""
         self.executor = executor
         self.options = options = options or EngineOptions()
+        self.adapters = Adapters(executor)
         self._host_sampling = HostSampling(executor)
         self._sampling = executor if isinstance(executor, SamplingExecutor) else self._host_sampling
         self.tokenizer = tokenizer
@@ -131,6 +135,7 @@ class Engine:
         stream: bool = True,
         priority: int = 0,
         deadline: float | None = None,
+        adapter: str | None = None,
     ) -> RequestOutput:
         """Queue a prompt (text, or token ids taken as they are) and return the output that `step` will fill.
 
@@ -138,7 +143,7 @@ class Engine:
         cannot be served does not raise: its output has the error. priority: a request of a higher one is served as if
         it had come a minute earlier for each level, so that none waits for ever. deadline: seconds from now after which
         nobody wants it any more; it then ends with finish_reason "timeout", and before that, one due within a minute is
-        served as if it had come earlier. Raises RequestError if the id is in use.
+        served as if it had come earlier. adapter: one that is loaded. Raises RequestError if the id is in use.
         """
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use; choose another or abort that request")
@@ -151,6 +156,8 @@ class Engine:
         try:
             output.prompt_token_ids = self._intake.token_ids(prompt)
             requests = self._intake.new_requests(output, params, stream, rank)
+            if adapter is not None:
+                _give_adapter(requests, self.adapters.find(adapter))
             self.scheduler.add(requests[0])
         except MlcgenError as error:
             for completion in completions:
@@ -166,6 +173,24 @@ class Engine:
         if deadline is not None:
             heapq.heappush(self._deadlines, (due, request_id))
         return output
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Load a LoRA adapter, as PEFT saves it, for requests to name.
+
+        Raises CheckpointError or UnsupportedError for what cannot be loaded (runtime/peft.py), RequestError if the name
+        is in use, or all slots are.
+        """
+        self.adapters.load(name, read_adapter(path, self.adapters.layout))
+
+    def unload_adapter(self, name: str) -> None:
+        """Make room for another. Raises RequestError if there is no such adapter, or unfinished requests use it."""
+        slot = self.adapters.find(name).slot
+        users = [id for id, requests in self._requests.items() if requests[0].adapter_slot == slot]
+        if users:
+            raise RequestError(
+                f"{len(users)} unfinished requests use adapter {name!r}; wait for them, or abort {users[0]!r:.60}"
+            )
+        self.adapters.unload(name)
 
     def abort(self, request_id: str) -> bool:
         """End a request and free its pages; the next step returns its output. False if it has ended already."""
@@ -501,6 +526,11 @@ def _drafter(options: EngineOptions) -> Drafter | None:
     if options.speculation == "ngram":
         return NgramDrafter(options.branches)
     return LookaheadDrafter(options.branches) if options.speculation == "lookahead" else None
+
+
+def _give_adapter(requests: list[Request], adapter: Adapter) -> None:
+    for request in requests:
+        request.adapter_slot, request.cache_root = adapter.slot, adapter.cache_root
 
 
 def _mark_scheduled(batch: list[Request]) -> None:

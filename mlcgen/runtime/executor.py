@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from mlcgen.adapter_layout import AdapterLayout
     from mlcgen.runtime.sampler import Sampled, Sampler
 
 Int32 = npt.NDArray[np.int32]
@@ -30,6 +31,13 @@ class StepInput:
     """(tokens,) for a token of a tree, which of its sequence's tokens in this step it sees, a bit each, the first one
     the lowest; `positions` is then its depth, as several tokens may be at one position. 0, or no array: it sees all
     that are before it. A sequence with a tree has 32 tokens in the step at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedStepInput(StepInput):
+    """A step in which some sequence has an adapter."""
+
+    adapter_slots: Int32  # (tokens,) the slot of each token's adapter; -1: none
 
 
 class Executor(Protocol):
@@ -61,6 +69,17 @@ class Executor(Protocol):
 
     def write_page(self, page: int, contents: Uint8) -> None:
         """What `read_page` gave, into a page, before the next step is begun."""
+        ...
+
+
+@runtime_checkable
+class AdaptedExecutor(Executor, Protocol):
+    """An executor whose artifact may take adapters; its steps may be AdaptedStepInputs then."""
+
+    adapters: "AdapterLayout | None"
+
+    def write_adapter(self, slot: int, matrices: "Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]]") -> None:
+        """Fill a slot, before the next step is begun: (lora_a, lora_b) of each group, as AdapterLayout says."""
         ...
 
 

@@ -9,16 +9,19 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from mlcgen.errors import MlcgenError, RequestError
 from mlcgen.runtime.engine import Engine, Prompt
 from mlcgen.runtime.options import EngineOptions
 from mlcgen.runtime.outputs import Delta, DeltaCursor, RequestOutput
+from mlcgen.runtime.peft import read_adapter
 from mlcgen.runtime.sampler import SamplingParams
 from mlcgen.runtime.tokenizer import Message, Tokenizer
 
 __all__ = ["LLM", "AsyncEngine", "load_engine"]
+
+T = TypeVar("T")
 
 
 def load_engine(
@@ -93,32 +96,41 @@ class LLM:
         self,
         prompts: Prompt | list[str] | list[list[int]],
         params: SamplingParams | list[SamplingParams] | None = None,
+        adapter: str | list[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete one prompt or several (texts or token ids), batched; outputs in the order of the prompts.
 
+        adapter: the name of one that is loaded, or a list with a name or None for each prompt.
+
         A prompt that cannot be served gives an output with `finish_reason` "error" and `error`; the others go on.
-        Raises RequestError if `params` is a list of another length than `prompts`.
+        Raises RequestError if `params` or `adapter` is a list of another length than `prompts`.
         """
         batch = _as_batch(prompts)
         each = params if isinstance(params, list) else [params] * len(batch)
         if len(each) != len(batch):
             raise RequestError(f"{len(each)} SamplingParams for {len(batch)} prompts; give one, or one per prompt")
+        adapters = adapter if isinstance(adapter, list) else [adapter] * len(batch)
+        if len(adapters) != len(batch):
+            raise RequestError(f"{len(adapters)} adapters for {len(batch)} prompts; give one, or one per prompt")
         outputs: list[RequestOutput] = []
         try:
-            for prompt, its_params in zip(batch, each, strict=True):
-                outputs.append(self.engine.add_request(self._next_id(), prompt, its_params, stream=False))
+            for prompt, its_params, its in zip(batch, each, adapters, strict=True):
+                output = self.engine.add_request(self._next_id(), prompt, its_params, stream=False, adapter=its)
+                outputs.append(output)
             while not all(output.finished for output in outputs):
                 self.engine.step()
         finally:
             self._abort_unfinished(outputs)
         return outputs
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None
+    ) -> Iterator[Delta]:
         """Complete one prompt, yielding what each step adds. Leaving the loop aborts the request.
 
         Raises the request's RequestError, after what was generated before it.
         """
-        output = self.engine.add_request(self._next_id(), prompt, params)
+        output = self.engine.add_request(self._next_id(), prompt, params, adapter=adapter)
         cursor = DeltaCursor(output)
         try:
             while not cursor.is_done:
@@ -135,6 +147,8 @@ class LLM:
         self,
         messages: list[Message] | list[list[Message]],
         params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        adapter: str | list[str | None] | None = None,
         **options: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or several; `options` are those of `Tokenizer.render_chat`.
@@ -143,7 +157,19 @@ class LLM:
         """
         conversations = messages if messages and isinstance(messages[0], list) else [messages]
         prompts = [self.tokenizer.encode_chat(cast(list[Message], each), **options) for each in conversations]
-        return self.generate(prompts, params)
+        return self.generate(prompts, params, adapter)
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Load a LoRA adapter, a folder that PEFT saved, for requests to name.
+
+        Raises CheckpointError or UnsupportedError for what cannot be loaded (docs/howto/adapters.md), RequestError if
+        the name is in use, or as many adapters are loaded as the artifact was compiled for.
+        """
+        self.engine.load_adapter(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Make room for another. Raises RequestError if there is no such adapter, or unfinished requests use it."""
+        self.engine.unload_adapter(name)
 
     def close(self) -> None:
         """Let go of the device's memory. The LLM cannot be used afterwards."""
@@ -211,15 +237,17 @@ class AsyncEngine:
         request_id: str | None = None,
         priority: int = 0,
         deadline: float | None = None,
+        adapter: str | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Complete one prompt, yielding what each step adds; the last delta has `finish_reason` and `output`.
 
-        priority, deadline: as in Engine.add_request.
+        priority, deadline, adapter: as in Engine.add_request.
 
         Cancelling or leaving the iteration aborts the request. Raises the request's RequestError, after what was
         generated before it, and MlcgenError if the device fails or the engine is closed.
         """
-        return self._deltas(prompt, params, request_id, stream=True, priority=priority, deadline=deadline)
+        how = {"priority": priority, "deadline": deadline, "adapter": adapter}
+        return self._deltas(prompt, params, request_id, stream=True, **how)
 
     async def generate(
         self,
@@ -229,12 +257,24 @@ class AsyncEngine:
         request_id: str | None = None,
         priority: int = 0,
         deadline: float | None = None,
+        adapter: str | None = None,
     ) -> RequestOutput:
         """The whole completion of one prompt. Raises the request's RequestError."""
-        async for delta in self._deltas(prompt, params, request_id, stream=False, priority=priority, deadline=deadline):
+        how = {"priority": priority, "deadline": deadline, "adapter": adapter}
+        async for delta in self._deltas(prompt, params, request_id, stream=False, **how):
             last = delta
         assert last.output is not None
         return last.output
+
+    async def load_adapter(self, name: str, path: str | Path) -> None:
+        """As LLM.load_adapter; requests go on while the files are read."""
+        layout = await self._between_steps(lambda engine: engine.adapters.layout)
+        matrices = await asyncio.to_thread(read_adapter, path, layout)
+        await self._between_steps(lambda engine: engine.adapters.load(name, matrices))
+
+    async def unload_adapter(self, name: str) -> None:
+        """As LLM.unload_adapter."""
+        await self._between_steps(lambda engine: engine.unload_adapter(name))
 
     def abort(self, request_id: str) -> None:
         """End a request from any thread; its stream ends with `finish_reason` "abort". Unknown ids are ignored."""
@@ -277,6 +317,19 @@ class AsyncEngine:
                 self._submit(partial(self._abandon, stream), or_ignore=True)
         if delta.output is not None and delta.output.error is not None:
             raise delta.output.error
+
+    async def _between_steps(self, function: Callable[[Engine], T]) -> T:
+        """What the engine's thread gets from `function`."""
+        done: Future[T] = Future()
+
+        def command(engine: Engine) -> None:
+            try:
+                done.set_result(function(engine))
+            except Exception as error:
+                done.set_exception(error)
+
+        self._submit(command)
+        return await asyncio.wrap_future(done)
 
     def _submit(self, command: Callable[[Engine], None], or_ignore: bool = False) -> None:
         """Have the engine's thread run `command` between two steps."""

@@ -70,7 +70,8 @@ def load_executor(
         pages = num_pages or default_num_pages(manifest, batch)
         limit = int(entry["max_tokens_per_step"])
         stream = _stream(weights_file, weights, manifest["entry"]["weights"], budget)
-        executor = VmExecutor(library, manifest, weights, pages, limit, num_threads, stream)
+        adapted = artifact.check_hash(path, entry["adapted"]) if "adapters" in manifest else None
+        executor = VmExecutor(library, manifest, weights, pages, limit, num_threads, stream, adapted)
     config = artifact.read_tokenizer_config(path)
     eos = [int(token) for token in manifest["model"].get("eos_token_ids", [])]
     window = int(manifest["model"].get("window", 0))

@@ -25,6 +25,7 @@ class Sequence:
         self.tokens = list(tokens)  # prompt and generated, as far as they are known
         self.rank = rank  # the lower, the sooner it is served; equal ones in the order in which they were added
         self.cache_root = ROOT  # sequences of one root have the same keys and values for the same tokens
+        self.adapter_slot = -1  # of the adapter that its tokens go through; -1: none
         self.num_tokens = len(self.tokens)  # with those that are being sampled
         self.num_computed = 0  # tokens in the KV cache
         self.num_scheduled = 0  # tokens of this step

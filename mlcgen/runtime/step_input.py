@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from mlcgen.runtime.executor import Int32, StepInput
+from mlcgen.runtime.executor import AdaptedStepInput, Int32, StepInput
 from mlcgen.runtime.kv_cache import BlockTable
 from mlcgen.runtime.scheduler import Sequence as ScheduledSequence
 
@@ -61,4 +61,8 @@ def step_input(batch: Sequence[S], rows: Mapping[S, int], page_size: int) -> tup
         logit_rows=np.array(logit_rows, np.int32),
         tree_masks=np.array(masks, np.uint32).view(np.int32) if any(masks) else None,
     )
+    if any(sequence.adapter_slot >= 0 for sequence in batch):
+        slots_of = [sequence.adapter_slot for sequence in batch]
+        adapter_slots = np.repeat(np.array(slots_of, np.int32), np.diff(batch_input.query_start))
+        batch_input = AdaptedStepInput(**vars(batch_input), adapter_slots=adapter_slots)
     return batch_input, np.array(sampled_rows, np.int32) if rows else None, first_rows

@@ -6,7 +6,7 @@ import importlib.util
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlcgen.adapter_layout import AdapterLayout, ProjectionGroup
 from mlcgen.errors import ArtifactError, RequestError
 from mlcgen.runtime.check_numerics import described, is_finite
 from mlcgen.runtime.cpu import usable_cores
-from mlcgen.runtime.executor import Float32, StepInput, Uint8
+from mlcgen.runtime.executor import AdaptedStepInput, Float32, StepInput, Uint8
 from mlcgen.runtime.mapped_layers import MappedLayers
 from mlcgen.safetensors import ALIGNMENT
 
@@ -80,7 +81,9 @@ class VmExecutor:
         max_tokens_per_step: int,
         num_threads: int | None = None,
         stream: MappedLayers | None = None,
+        adapted_library: Path | None = None,
     ) -> None:
+        """adapted_library: with the path of adapters, where the artifact has it."""
         threads = num_threads or usable_cores()
         os.environ.setdefault("TVM_NUM_THREADS", str(threads))  # read when the first kernel runs
         import tvm_ffi
@@ -90,9 +93,9 @@ class VmExecutor:
         self.num_pages, self.page_size = num_pages, int(kv["page_size"])
         self.vocab_size = int(model["vocab_size"])
         self.max_tokens_per_step = max_tokens_per_step
-        self._vm = tvm_ffi.load_module(str(library))["vm_load_executable"]()
-        self._vm["vm_initialization"](_CPU, 0, _POOLED)
-        self._forward = self._vm[manifest["entry"]["name"]]
+        entry = manifest["entry"]["name"]
+        self._vms = [_load_vm(library)]
+        self._forward = self._vms[0][entry]
         if num_threads:
             tvm_ffi.get_global_func("runtime.config_threadpool")(1, num_threads)
         shape = (num_pages, 2, int(kv["num_kv_heads"]), self.page_size, int(kv["head_dim"]))
@@ -103,12 +106,18 @@ class VmExecutor:
         self._weight_names: list[str] = list(manifest["entry"]["weights"])
         self._weights = [self._tensor(weights[name]) for name in self._weight_names]
         self.stream = stream
-        if stream is not None:
-            self._vm["set_instrument"](_entering(stream))
         self._inputs: list[str] = list(manifest["entry"]["inputs"])
         self.supports_trees = "tree_masks" in self._inputs
         self._no_masks = np.zeros(max_tokens_per_step, np.int32)
         self._staged: dict[str, tuple[npt.NDArray[Any], Any]] = {}
+        self.adapters: AdapterLayout | None = None
+        if adapted_library is not None:
+            self.adapters = AdapterLayout.from_json(manifest["adapters"])
+            self._vms.append(_load_vm(adapted_library))
+            self._adapted = self._vms[1][entry]
+            self._slots = [_zero_slots(group, self.adapters) for group in self.adapters.groups]
+            self._fixed = self._fixed_arguments()
+        self._instrument(None if stream is None else _entering(stream))
 
     def step(self, batch: StepInput) -> Float32:
         """See Executor.step."""
@@ -118,8 +127,11 @@ class VmExecutor:
         rows = batch.logit_rows if wanted else np.zeros(1, np.int32)  # the output matrix takes at least one row
         masks = self._no_masks[: len(batch.input_ids)] if batch.tree_masks is None else batch.tree_masks
         arrays = {**vars(batch), "logit_rows": rows, "tree_masks": masks}
-        inputs = [self._stage(name, arrays[name]) for name in self._inputs]
-        logits = self._forward(*inputs, *self._pages, *self._weights)
+        if isinstance(batch, AdaptedStepInput):
+            logits = self._adapted(*self._adapted_arguments(arrays), *self._weights)
+        else:
+            inputs = [self._stage(name, arrays[name]) for name in self._inputs]
+            logits = self._forward(*inputs, *self._pages, *self._weights)
         result: Float32 = np.from_dlpack(logits)[:wanted]  # type: ignore[assignment]
         return result
 
@@ -127,11 +139,12 @@ class VmExecutor:
         """See Executor.first_not_finite."""
         pages = {tensor.data_ptr() for tensor in self._pages}
         names = dict(zip((tensor.data_ptr() for tensor in self._weights), self._weight_names, strict=True))
+        entering = None if self.stream is None else _entering(self.stream)
         found: list[str] = []
 
         def check(func: Any, kernel: str, before_run: bool, result: Any, *args: Any) -> int:
-            if self.stream is not None:
-                _entering(self.stream)(func, kernel, before_run, result, *args)
+            if entering is not None:
+                entering(func, kernel, before_run, result, *args)
             tensors = [arg for arg in args if hasattr(arg, "data_ptr")]
             if not (before_run or found or kernel.startswith("vm.")) and tensors:
                 last = tensors[-1]  # kernels write to their last argument
@@ -140,12 +153,17 @@ class VmExecutor:
                     found.append(described(kernel, read))
             return 0
 
-        self._vm["set_instrument"](check)
+        self._instrument(check)
         try:
             self.step(batch)
         finally:
-            self._vm["set_instrument"](_entering(self.stream) if self.stream is not None else None)
+            self._instrument(entering)
         return found[0] if found else None
+
+    def _instrument(self, called: Callable[..., Any] | None) -> None:
+        """What the VM calls before and after each function that it calls."""
+        for vm in self._vms:
+            vm["set_instrument"](called)
 
     def copy_page(self, source: int, to: int) -> None:
         """See Executor.copy_page."""
@@ -162,6 +180,25 @@ class VmExecutor:
         for layer, pages in zip(contents, self._page_bytes, strict=True):
             pages[page] = layer
 
+    def write_adapter(self, slot: int, matrices: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> None:
+        """See AdaptedExecutor.write_adapter."""
+        for slots, pair in zip(self._slots, matrices, strict=True):
+            for buffer, matrix in zip(slots, pair, strict=True):
+                buffer[slot] = matrix
+
+    def _fixed_arguments(self) -> dict[str, Any]:
+        """Of the function with the path of adapters: those that stay the same from step to step, by name."""
+        fixed = {f"pages_{layer}": pages for layer, pages in enumerate(self._pages)}
+        for i, pair in enumerate(self._slots):
+            a, b = map(self._tensor, pair)
+            fixed |= {f"lora_a_{i}": a, f"lora_b_{i}": b}
+        return fixed
+
+    def _adapted_arguments(self, arrays: Mapping[str, npt.NDArray[Any]]) -> list[Any]:
+        assert self.adapters is not None, "the artifact takes no adapters"
+        fixed = self._fixed
+        return [fixed[n] if n in fixed else self._stage(n, arrays[n]) for n in self.adapters.arguments]
+
     def _stage(self, name: str, array: npt.NDArray[Any]) -> Any:
         """The tensor of an input. While its shape stays the same, as when decoding, memory and tensor are kept."""
         held, tensor = self._staged.get(name, (None, None))
@@ -174,7 +211,7 @@ class VmExecutor:
 
 
 def _entering(stream: MappedLayers) -> Callable[..., None]:
-    """What the VM calls before and after each function that it calls: its arguments tell which layer comes."""
+    """For VmExecutor._instrument: a function's arguments tell which layer comes."""
     from tvm_ffi import Tensor
 
     layer_at = stream.layer_at
@@ -186,6 +223,20 @@ def _entering(stream: MappedLayers) -> Callable[..., None]:
                     stream.enter(layer)
 
     return called
+
+
+def _load_vm(library: Path) -> Any:
+    import tvm_ffi
+
+    vm = tvm_ffi.load_module(str(library))["vm_load_executable"]()
+    vm["vm_initialization"](_CPU, 0, _POOLED)
+    return vm
+
+
+def _zero_slots(group: ProjectionGroup, layout: AdapterLayout) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """lora_a and lora_b."""
+    limits = layout.limits
+    return _zero_pages(group.a_shape(limits), limits.dtype), _zero_pages(group.b_shape(limits), limits.dtype)
 
 
 def _zero_pages(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:

@@ -7,6 +7,7 @@ from .attention import paged_attention
 from .embedding import embedding
 from .isa import Isa
 from .linear import describe_linear, linear
+from .low_rank import low_rank
 from .rope import rope_append
 
-__all__ = ["Isa", "describe_linear", "embedding", "linear", "paged_attention", "rope_append"]
+__all__ = ["Isa", "describe_linear", "embedding", "linear", "low_rank", "paged_attention", "rope_append"]

@@ -6,7 +6,7 @@ import numpy as np
 from mlcgen.formats import TILE, WeightFormat
 
 
-def _tiles(matrix: np.ndarray) -> np.ndarray:
+def tiled(matrix: np.ndarray) -> np.ndarray:
     """(N, K) -> (tiles, K, 16), padded with zeros."""
     n, k = matrix.shape
     padded = np.zeros((-(-n // TILE) * TILE, k), matrix.dtype)
@@ -19,11 +19,11 @@ def random_weight(fmt: WeightFormat, n: int, k: int, rng: np.random.Generator) -
     if not fmt.is_grouped:
         matrix = rng.standard_normal((n, k)).astype(np.float32)
         stored = matrix.astype({"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}[fmt.name])
-        return [_tiles(stored.view(np.dtype(fmt.dtype)))], stored.astype(np.float32)
+        return [tiled(stored.view(np.dtype(fmt.dtype)))], stored.astype(np.float32)
     codes = rng.integers(0, 1 << fmt.bits, (n, k), dtype=np.uint8)
     scale = rng.uniform(0.01, 0.1, (n, k // fmt.group)).astype(np.float16)
     minimum = -rng.uniform(0.01, 0.1, (n, k // fmt.group)).astype(np.float16)
-    parts = [pack_codes(fmt, codes), _tiles(scale)] + ([_tiles(minimum)] if fmt.has_minimum else [])
+    parts = [pack_codes(fmt, codes), tiled(scale)] + ([tiled(minimum)] if fmt.has_minimum else [])
     spread = [np.repeat(part.astype(np.float32), fmt.group, axis=1) for part in (scale, minimum)]
     matrix = (codes.astype(np.float32) - fmt.zero_point) * spread[0]
     return parts, matrix + spread[1] if fmt.has_minimum else matrix
@@ -31,7 +31,7 @@ def random_weight(fmt: WeightFormat, n: int, k: int, rng: np.random.Generator) -
 
 def pack_codes(fmt: WeightFormat, codes: np.ndarray) -> np.ndarray:
     """(N, K) uint8 codes -> (tiles, K * bits / 32, 16, 4)."""
-    tiles = _tiles(codes)  # (tiles, K, 16)
+    tiles = tiled(codes)  # (tiles, K, 16)
     count, k, _ = tiles.shape
     if fmt.bits == 8:
         return np.ascontiguousarray(tiles.reshape(count, k // 4, 4, TILE).transpose(0, 1, 3, 2))
