@@ -40,6 +40,7 @@ COPY, COPIES = 256 << 20, 16  # bytes of one to the GPU, and how many in a row
 class Sample:
     """Of the steps that count."""
 
+    batch: int
     seconds: float
     steps: int
     tokens: int
@@ -47,14 +48,18 @@ class Sample:
     memory: int  # bytes of this process, after
 
 
-def measure(path: Path, target: str, weight_memory: str | None, batch: int, steps: int) -> Sample:
+def measure(path: Path, target: str, weight_memory: str | None, batches: Sequence[int], steps: int) -> list[Sample]:
+    """Of each number of sequences, with the weights loaded once."""
     manifest = artifact.read_manifest(path)
     length = PROMPT + steps + WARM_UP + 2
-    pages = batch * -(-length // int(manifest["kv"]["page_size"]))
-    engine = load_engine(path, target, pages, batch, weight_memory=weight_memory)
-    random = np.random.default_rng(0)
+    pages = max(batches) * -(-length // int(manifest["kv"]["page_size"]))
+    engine = load_engine(path, target, pages, max(batches), weight_memory=weight_memory)
+    return [run(engine, batch, length, steps) for batch in batches]
+
+
+def run(engine: Engine, batch: int, length: int, steps: int) -> Sample:
     greedy = SamplingParams(temperature=0, max_tokens=length - PROMPT, ignore_eos=True)
-    prompts = random.integers(5, engine.executor.vocab_size - 5, (batch, PROMPT)).tolist()
+    prompts = np.random.default_rng(batch).integers(5, engine.executor.vocab_size - 5, (batch, PROMPT)).tolist()
     outputs = [engine.add_request(str(i), prompt, greedy, stream=False) for i, prompt in enumerate(prompts)]
     while min(len(output.token_ids) for output in outputs) < WARM_UP:
         engine.step()
@@ -63,8 +68,10 @@ def measure(path: Path, target: str, weight_memory: str | None, batch: int, step
     for _ in range(steps):
         engine.step()
     seconds = time.perf_counter() - begun
-    tokens = _count(outputs) - count
-    return Sample(seconds, steps, tokens, _loaded(stream) - loaded, _memory(engine))
+    sample = Sample(batch, seconds, steps, _count(outputs) - count, _loaded(stream) - loaded, _memory(engine))
+    while engine.has_unfinished:
+        engine.step()
+    return sample
 
 
 def _loaded(stream: Any) -> int:
@@ -149,11 +156,11 @@ HEADER = (
 )
 
 
-def row(weight_memory: str, batch: int, sample: Sample, links: Sequence[float]) -> tuple[str, ...]:
+def row(weight_memory: str, sample: Sample, links: Sequence[float]) -> tuple[str, ...]:
     rate, own = sample.streamed / sample.seconds, statistics.mean(links)
     return (
         weight_memory,
-        str(batch),
+        str(sample.batch),
         f"{sample.streamed / sample.steps / 1e6:.1f}",
         f"{sample.seconds / sample.steps * 1e3:.1f}",
         f"{sample.tokens / sample.seconds:.2f}",
@@ -185,16 +192,16 @@ def main() -> None:
     links = [probe()]
     for _ in range(given.repeat):
         for weight_memory in given.weight_memory:
-            for batch in given.batch:
-                budget = None if weight_memory == "none" else weight_memory
-                try:
-                    sample = measure(given.artifact, given.target, budget, batch, given.steps)
-                except DeviceError as error:
-                    print(f"{weight_memory}, batch {batch}: {error}", flush=True)
-                    continue
-                gc.collect()
-                links.append(probe())
-                show(row(weight_memory, batch, sample, links[-2:]))
+            budget = None if weight_memory == "none" else weight_memory
+            try:
+                samples = measure(given.artifact, given.target, budget, given.batch, given.steps)
+            except DeviceError as error:
+                print(f"{weight_memory}: {error}", flush=True)
+                continue
+            gc.collect()
+            links.append(probe())
+            for sample in samples:
+                show(row(weight_memory, sample, links[-2:]))
 
 
 if __name__ == "__main__":

@@ -19,11 +19,13 @@ import pytest
 
 import mlcgen
 from mlcgen import SamplingParams, nvrtc
-from mlcgen.runtime import cuda
+from mlcgen.artifact import read_manifest
+from mlcgen.runtime import cuda, load_plan
 from mlcgen.runtime.engine import Engine
 from mlcgen.runtime.executor import Executor, StepInput
 from mlcgen.runtime.host_sampling import HostSampling
 from mlcgen.runtime.load import load_executor
+from mlcgen.runtime.plan_executor import PlanExecutor
 from mlcgen.runtime.sampler import Sampler
 
 REASON = cuda.missing() or (None if nvrtc.find_library() else "NVRTC is not installed: pip install 'mlcgen[cuda]'")
@@ -46,6 +48,7 @@ CONFIG = {
     "tie_word_embeddings": True,
 }
 SMALL = {"hidden_size": 128, "intermediate_size": 128}  # where attention alone is meant
+DEEP = {"num_hidden_layers": 6}
 MAX_BATCH = 128
 
 
@@ -181,6 +184,24 @@ def test_tokens_are_chosen_as_on_the_host(compiled: Any) -> None:
     assert same >= 190, same  # of 200: the GPU's exponentials are not NumPy's to the last bit
 
 
+@pytest.mark.parametrize("host_share", [0.8, 0.0], ids=["host", "file"])
+@pytest.mark.parametrize("quantization", ["bf16", "q4"])
+def test_streamed_layers_give_the_same_tokens(
+    compiled: Any, monkeypatch: pytest.MonkeyPatch, quantization: str, host_share: float
+) -> None:
+    """Most layers of six on the way, in steps of prompts and of up to 20 decodes."""
+    monkeypatch.setattr(load_plan, "HOST_SHARE", host_share)
+    path = compiled(quantization, **DEEP)
+    prompts = [np.random.default_rng(i).integers(5, 900, 5 + 11 * i).tolist() for i in range(20)]
+    greedy = [SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)]
+    budget = read_manifest(path)["weights"][0]["bytes"] * 6 // 10
+    whole, streamed = (load_executor(path, "cuda", 60, weight_memory=size).executor for size in (None, budget))
+    assert isinstance(streamed, PlanExecutor)
+    assert streamed.stream is not None
+    assert len(streamed.stream.visits) >= 4
+    assert _generate(streamed, prompts, greedy) == _generate(whole, prompts, greedy)
+
+
 def _generate(executor: Executor, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
     engine = Engine(executor, None, [2], context_length=1024, max_batch=MAX_BATCH)
     outputs = [engine.add_request(str(i), p, params[i % len(params)]) for i, p in enumerate(prompts)]
@@ -194,6 +215,8 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for quantization in QUANTIZATIONS:
         compile_into(folder, quantization)
+    for quantization in ("bf16", "q4"):
+        compile_into(folder, quantization, **DEEP)
     for page_size in PAGE_SIZES:
         compile_into(folder, "f16", page_size, **SMALL)
     for head_dim, kv_heads in itertools.product(HEAD_DIMS, KV_HEADS):

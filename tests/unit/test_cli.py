@@ -177,6 +177,19 @@ def test_run_streams_one_prompt(artifact: str, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.split() == ["c", "d", "e"]
 
 
+def test_memory_for_weights(artifact: str, stub: Callable[..., None]) -> None:
+    load, given = sys.modules["mlcgen.runtime.load"].load_executor, list[Any]()
+
+    def noticing(path: Path, **options: Any) -> Any:
+        given.append(options["weight_memory"])
+        return load(path, **options)
+
+    stub("mlcgen.runtime.load", load_executor=noticing)
+    assert main(["run", artifact, "a", "--max-tokens", "1", "--weight-memory", "1.5GiB"]) == 0
+    assert main(["run", artifact, "a", "--max-tokens", "1"]) == 0
+    assert given == ["1.5GiB", None]
+
+
 def test_which_target_was_taken(stub: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     stub("mlcgen.artifact", read_manifest=lambda path: {"targets": ["cpu", "vulkan", "cuda:sm_90"]})
     reasons = {"vulkan": "a GPU in software", "cuda:sm_90": "no NVIDIA driver"}
