@@ -44,7 +44,7 @@ def launch_plan(
     builder.walk()
     codes = _codes(mod, kernels, builder.kernel_types)
     module, resources = kernels.build(codes)
-    sizes = {**bounds, "blocks": 1, "longest": 1 << 20, "is_decode": 1, "num_pages": 1}
+    sizes = {**bounds, "blocks": 1, "longest": 1 << 20, "is_decode": 1, "has_trees": 0, "num_pages": 1}
     plan = builder.plan() | {
         "version": VERSION,
         "arch": target.arch,

@@ -75,8 +75,9 @@ class Launch:
 class Variant:
     """Launches for the steps for which `when` is not 0; the first variant that fits is taken.
 
-    Symbols are the dimensions of the tensors and, of the step, `is_decode` (each sequence has one new token) and
-    `longest` (tokens of the longest sequence, rounded up to a power of two).
+    Symbols are the dimensions of the tensors and, of the step, `is_decode` (each sequence has one new token),
+    `has_trees` (some tokens have tree masks) and `longest` (tokens of the longest sequence, rounded up to a power of
+    two).
     """
 
     when: Size

@@ -17,7 +17,7 @@ ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "uint16": 2
 TILED = ("float32", "float16", "uint16")  # types whose tiles the device can put in order
 MAP_DTYPES = ("uint32", "float16", "bfloat16")
 # What an executor gives values to, and the inputs whose arrays it fills.
-SYMBOLS = frozenset({"n", "rows", "seqs", "blocks", "num_pages", "is_decode", "longest", "has_f16"})
+SYMBOLS = frozenset({"n", "rows", "seqs", "blocks", "num_pages", "is_decode", "has_trees", "longest", "has_f16"})
 INPUTS: Mapping[str, list[Size]] = {
     "input_ids": ["n"],
     "positions": ["n"],
@@ -29,7 +29,7 @@ INPUTS: Mapping[str, list[Size]] = {
     "tree_masks": ["n"],
 }
 ADDED_INPUTS = ("tree_masks",)  # which plans of earlier versions of mlcgen do without
-_SMALLEST_STEP = {"seqs": 1, "blocks": 1, "num_pages": 1, "is_decode": 1, "longest": 1, "has_f16": 0}
+_SMALLEST_STEP = {"seqs": 1, "blocks": 1, "num_pages": 1, "is_decode": 1, "has_trees": 0, "longest": 1, "has_f16": 0}
 
 _BYTES, _INDEX, _COUNT = range(1 << 48), range(1 << 31), range(1, 1 << 31)
 _DTYPES = tuple(ITEM_BYTES)

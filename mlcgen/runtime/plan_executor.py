@@ -171,7 +171,9 @@ class PlanExecutor:
         key = (self._turn, size, blocks)
         if key not in self._decode_steps:
             symbols = {"n": size, "rows": size, "seqs": size, "blocks": blocks}
-            self._decode_steps[key] = self._new_step(symbols | {"is_decode": 1, "longest": blocks * self.page_size})
+            self._decode_steps[key] = self._new_step(
+                symbols | {"is_decode": 1, "has_trees": 0, "longest": blocks * self.page_size}
+            )
         return self._decode_steps[key]
 
     def _other_step(self, batch: StepInput) -> Step:
@@ -179,7 +181,9 @@ class PlanExecutor:
         rows, blocks = max(len(batch.logit_rows), 1), batch.block_table.shape[1]
         symbols = {"n": n, "rows": rows, "seqs": seqs, "blocks": blocks}
         longest = power_of_two(int(batch.seq_lens.max(initial=1)))
-        return self._new_step(symbols | {"is_decode": 0, "longest": longest}, self._inputs[self._turn])
+        has_trees = int(batch.tree_masks is not None and batch.tree_masks.any())
+        symbols |= {"is_decode": 0, "has_trees": has_trees, "longest": longest}
+        return self._new_step(symbols, self._inputs[self._turn])
 
     def _new_step(self, symbols: dict[str, int], inputs: _Inputs | None = None) -> Step:
         """A step with `inputs`, or with some of its own."""

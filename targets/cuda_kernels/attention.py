@@ -176,27 +176,32 @@ def _prefill_variants(layer: _Layer, q: list[object], first: int) -> tuple[tuple
     spec = layer.spec
     shape = (PREFILL_SMALL if layer.arch in SMALL_ARCHS else PREFILL)[spec.head_dim]
     many = PREFILL_MANY.get(spec.head_dim, shape)
-    launch, text = _prefill(layer, shape, q, first)
-    if many == shape or spec.window:
-        return (Variant(1, (launch,)),), {launch.function: text}
-    large, large_text = _prefill(layer, many, q, first)
-    is_many = ["<=", MANY_ROWS, times("n", spec.num_heads)]
-    texts = {launch.function: text, large.function: large_text}
-    return (Variant(is_many, (large,)), Variant(1, (launch,))), texts
+    kinds: list[tuple[Size, tuple[Launch, str]]] = [("has_trees", _prefill(layer, shape, q, first, has_trees=True))]
+    if many != shape and not spec.window:
+        kinds.append((["<=", MANY_ROWS, times("n", spec.num_heads)], _prefill(layer, many, q, first)))
+    kinds.append((1, _prefill(layer, shape, q, first)))
+    variants = tuple(Variant(when, (launch,)) for when, (launch, _) in kinds)
+    return variants, {launch.function: text for _, (launch, text) in kinds}
 
 
-def _prefill(layer: _Layer, shape: tuple[int, int, int], q: list[object], first: int) -> tuple[Launch, str]:
+def _prefill(
+    layer: _Layer, shape: tuple[int, int, int], q: list[object], first: int, has_trees: bool = False
+) -> tuple[Launch, str]:
     warps, blocks, keys = shape
     spec = layer.spec
-    name = f"attention_prefill_{layer.suffix}_{warps}_{blocks}_{keys}"
+    name = f"attention_prefill_{layer.suffix}_{warps}_{blocks}_{keys}{'_trees' * has_trees}"
     params = [f"{layer.out}* out", f"const {layer.out}* q", f"const {layer.number}* pages", "const i32* block_table"]
-    params += ["const i32* seq_lens", "const i32* query_start", "const i32* tree_masks", "const i32* positions"]
-    params += ["int seqs", "int table_stride", "float scale"]
-    body = f"attention_prefill<{layer.cpp}, {warps}, {blocks}, {keys}>(out, q, pages, block_table, seq_lens, "
-    body += "query_start, tree_masks, positions, seqs, table_stride, scale, 0);"
-    pages_to_positions = map(tensor, range(first, first + 6))
+    params += ["const i32* seq_lens", "const i32* query_start", "int seqs", "int table_stride", "float scale"]
+    masks, trees = "", ""
+    if has_trees:
+        params += ["const i32* tree_masks", "const i32* positions"]
+        masks, trees = ", Tree", ", tree_masks, positions"
+    body = f"attention_prefill<{layer.cpp}, {warps}, {blocks}, {keys}{masks}>"
+    body += f"(out, q, pages, block_table, seq_lens, query_start, seqs, table_stride, scale, 0{trees});"
+    pages_to_query_start = map(tensor, range(first, first + 4))
     numbers = (int32("seqs"), int32("blocks"), float32(spec.scale))
-    args = (tensor(first + 6), q, *pages_to_positions, *numbers)
+    args = (tensor(first + 6), q, *pages_to_query_start, *numbers)
+    args += (tensor(first + 4), tensor(first + 5)) * has_trees
     rows = warps * blocks * 16  # (token, head of the group) pairs of a block
     tiles = ["+", ["//", times("n", layer.group), rows], "seqs"]
     shared = (rows + 4 * keys) * spec.head_dim * 2 + 8 * max(keys // spec.page_size, 1)

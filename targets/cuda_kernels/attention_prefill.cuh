@@ -6,8 +6,9 @@
 // products of this one. Tiles wholly after a warp's rows, or before their windows, are skipped; only tiles that some
 // row sees in part are masked.
 //
-// A sequence of at most TREE_TOKENS new tokens may end with a token tree: its tokens' words in tree_masks are not 0 then,
-// and bit i tells whether a token sees the i-th of the new ones. Tiles that only have keys before them need no words.
+// Where MASKS is Tree, a sequence of at most TREE_TOKENS new tokens may end with a token tree: its tokens' words in
+// tree_masks are not 0 then, and bit i tells whether a token sees the i-th of the new ones. Tiles that only have keys
+// before them need no words.
 //
 // Grid (KV, tiles): tile counts are known on the device only, so the host launches row_tiles(tokens, sequences) of
 // them, enough for any lengths, and those without rows leave.
@@ -84,24 +85,31 @@ DEVICE void load_queries(typename A::Number* to, const typename A::Activation* q
   }
 }
 
+// Every token sees those before it.
+struct Causal {
+  static constexpr bool MAY_EXIST = false, exists = false;
+  template <class A> DEVICE void load(const i32*, const i32*, const RowTile&, int) {}
+};
+
 // The new tokens of a block's sequence, if it ends with a tree; in shared memory, since registers are few. Tokens before
 // the tree have masks here, too.
 struct Tree {
+  static constexpr bool MAY_EXIST = true;
   u32 masks[TREE_TOKENS];
   int positions[TREE_TOKENS];
   int cached;  // tokens before them
   int exists;
 
-  // By the threads of a block, who wait for each other before they look. masks_, positions_: at the first new token.
-  template <class A> DEVICE void load(const i32* masks_, const i32* positions_, int tokens, int cached_) {
+  // By the threads of a block, who wait for each other before they look.
+  template <class A> DEVICE void load(const i32* masks_, const i32* positions_, const RowTile& rows, int cached_) {
     static_assert(TREE_TOKENS == WARP, "a lane for each token");
     if (threadIdx.x >= WARP) return;
     int token = threadIdx.x;
-    u32 mask = tokens <= TREE_TOKENS && token < tokens ? masks_[token] : 0;
+    u32 mask = rows.tokens <= TREE_TOKENS && token < rows.tokens ? masks_[rows.first_token + token] : 0;
     u32 plain = 0xffffffff >> (TREE_TOKENS - 1 - token);
     if (A::WINDOW && token >= A::WINDOW) plain &= 0xfffffffe << (token - A::WINDOW);
     masks[token] = mask ? mask : plain;
-    if (A::WINDOW) positions[token] = mask ? positions_[token] : cached_ + token;
+    if (A::WINDOW) positions[token] = mask ? positions_[rows.first_token + token] : cached_ + token;
     exists = any_lane(mask), cached = cached_;
   }
 };
@@ -129,8 +137,8 @@ DEVICE RowPositions<BLOCKS> row_positions(const RowTile& rows, int cached, bool 
 }
 
 template <class A, int TILES, int BLOCKS>
-DEVICE void mask_unseen(float (&scores)[BLOCKS][TILES][4], const RowPositions<BLOCKS>& positions, int first_key,
-                        int lane) {
+DEVICE void mask_unseen(float (&scores)[BLOCKS][TILES][4], const RowPositions<BLOCKS>& positions, const Causal&,
+                        int first_key, int lane) {
 #pragma unroll
   for (int block = 0; block < BLOCKS; block++)
 #pragma unroll
@@ -142,10 +150,10 @@ DEVICE void mask_unseen(float (&scores)[BLOCKS][TILES][4], const RowPositions<BL
       }
 }
 
-// The same where the sequence ends with a tree.
 template <class A, int TILES, int BLOCKS>
-DEVICE void mask_unseen_of_tree(float (&scores)[BLOCKS][TILES][4], const RowPositions<BLOCKS>& positions,
-                                const Tree& tree, int first_key, int lane) {
+DEVICE void mask_unseen(float (&scores)[BLOCKS][TILES][4], const RowPositions<BLOCKS>& positions, const Tree& tree,
+                        int first_key, int lane) {
+  if (!tree.exists) return mask_unseen<A>(scores, positions, Causal{}, first_key, lane);
   int first_own = first_key + lane % 4 * 2 - tree.cached;
 #pragma unroll
   for (int n = 0; n < TILES; n++)
@@ -166,21 +174,17 @@ DEVICE void mask_unseen_of_tree(float (&scores)[BLOCKS][TILES][4], const RowPosi
 }
 
 // One tile of keys for the rows of a warp.
-template <class A, int KEYS, int BLOCKS, class Queries>
+template <class A, int KEYS, int BLOCKS, class Queries, class Masks>
 DEVICE void prefill_tile(Softmax<A::D, BLOCKS>& state, const Queries& queries, const typename A::Number* keys,
-                         const typename A::Number* values, const RowPositions<BLOCKS>& positions, const Tree& tree,
+                         const typename A::Number* values, const RowPositions<BLOCKS>& positions, const Masks& masks,
                          int first_key, const Logits& l, int lane) {
   int last_key = first_key + KEYS - 1;
   if (first_key > positions.last || (A::WINDOW && last_key <= positions.first - A::WINDOW)) return;
   float scores[BLOCKS][KEYS / 8][4];
   multiply_keys<A::D, KEYS>(scores, queries, keys, lane);
   cap_scores<A>(scores, l);
-  if (last_key > positions.first || (A::WINDOW && first_key <= positions.last - A::WINDOW)) {
-    if (tree.exists)
-      mask_unseen_of_tree<A>(scores, positions, tree, first_key, lane);
-    else
-      mask_unseen<A>(scores, positions, first_key, lane);
-  }
+  if (last_key > positions.first || (A::WINDOW && first_key <= positions.last - A::WINDOW))
+    mask_unseen<A>(scores, positions, masks, first_key, lane);
   scores_to_weights<false>(state, scores, l.factor);
   multiply_values<A::D, KEYS>(state.out, scores, values, lane);
 }
@@ -231,30 +235,30 @@ template <class A, class Shape, int KEYS> struct TileLoader {
 
 // Tiles first .. last - 1 for all rows of the block; the copy of the first has been started. The copy of the next tile
 // runs behind the products of this one, and so do the reads of the page numbers of the tile after that.
-template <class A, class Shape, int KEYS, int BLOCKS, class Queries>
+template <class A, class Shape, int KEYS, int BLOCKS, class Queries, class Masks>
 DEVICE void prefill_tiles(Softmax<A::D, BLOCKS>& state, const Queries& queries,
                           const TileLoader<A, Shape, KEYS>& loader, int first, int last,
-                          const RowPositions<BLOCKS>& positions, const Tree& tree, const Logits& l, int lane) {
+                          const RowPositions<BLOCKS>& positions, const Masks& masks, const Logits& l, int lane) {
   for (int tile = first; tile < last; tile++) {
     wait_copies<0>();
     __syncthreads();  // the tile has arrived for all threads, and all are done with the one before it
     i32 number = loader.read_page_number(tile + 2);
     if (tile + 1 < last) loader.start_copy(tile + 1);
     prefill_tile<A, KEYS, BLOCKS>(state, queries, loader.tiles.keys[tile % 2], loader.tiles.values[tile % 2], positions,
-                                  tree, tile * KEYS, l, lane);
+                                  masks, tile * KEYS, l, lane);
     loader.keep_page_number(tile, number);
   }
 }
 
 // out, q: (tokens, HEADS, D). block_table: (sequences, table_stride), read only where a sequence has tokens;
 // seq_lens: tokens of each sequence, the new ones included; query_start: (sequences + 1), new tokens of sequence s are
-// rows query_start[s] .. query_start[s + 1] - 1. Other rows are left as they are. tree_masks, positions: (tokens), of
+// rows query_start[s] .. query_start[s + 1] - 1. Other rows are left as they are. tree_masks, tree_positions: (tokens), of
 // which positions are read only for tokens in a tree; the others' are known from the lengths.
-template <class A, int WARPS, int BLOCKS, int KEYS>
+template <class A, int WARPS, int BLOCKS, int KEYS, class Masks = Causal>
 DEVICE void attention_prefill(typename A::Activation* out, const typename A::Activation* q,
                               const typename A::Number* pages, const i32* block_table, const i32* seq_lens,
-                              const i32* query_start, const i32* tree_masks, const i32* positions_in_tree,
-                              int sequences, int table_stride, float scale, float cap) {
+                              const i32* query_start, int sequences, int table_stride, float scale, float cap,
+                              const i32* tree_masks = nullptr, const i32* tree_positions = nullptr) {
   using T = typename A::Number;
   using Shape = PrefillShape<A, WARPS, BLOCKS, KEYS>;
   constexpr int ROWS = Shape::ROWS, THREADS = Shape::THREADS;
@@ -271,7 +275,7 @@ DEVICE void attention_prefill(typename A::Activation* out, const typename A::Act
   int cached = seq_lens[s] - rows.tokens;
   if (cached < 0) return;
   // Rows of a tree may see all new keys, and none of their positions is below `cached`.
-  bool may_be_tree = rows.tokens <= TREE_TOKENS;
+  bool may_be_tree = Masks::MAY_EXIST && rows.tokens <= TREE_TOKENS;
   int first_position = cached + (may_be_tree ? 0 : rows.first / A::GROUP);
   int end = cached + (may_be_tree ? rows.tokens : (rows.last - 1) / A::GROUP + 1);
   int begin = A::WINDOW && first_position >= A::WINDOW ? first_position - A::WINDOW + 1 : 0;
@@ -281,21 +285,21 @@ DEVICE void attention_prefill(typename A::Activation* out, const typename A::Act
   __syncthreads();
   loader.start_copy(first);
 
-  __shared__ Tree tree;
-  tree.load<A>(tree_masks + rows.first_token, positions_in_tree + rows.first_token, rows.tokens, cached);
+  __shared__ Masks masks;
+  masks.template load<A>(tree_masks, tree_positions, rows, cached);
   i64 first_row = i64(rows.first_token) * A::HEADS + kv * A::GROUP;
   load_queries<A, ROWS, THREADS>(tiles.queries, q + first_row * A::D, rows);
   __syncthreads();
   QueryTile<T, A::D> query_tile = {tiles.queries + warp * BLOCKS * 16 * A::D, lane};
-  RowPositions<BLOCKS> positions = row_positions<A, BLOCKS>(rows, cached, tree.exists, warp, lane);
+  RowPositions<BLOCKS> positions = row_positions<A, BLOCKS>(rows, cached, masks.exists, warp, lane);
   Logits l = logits<A>(scale, cap);
   Softmax<A::D, BLOCKS> state;
   state.clear();
 
   if constexpr (Shape::QUERIES_IN_REGISTERS)
     prefill_tiles<A, Shape, KEYS, BLOCKS>(state, to_registers<A::D, BLOCKS>(query_tile), loader, first, last, positions,
-                                          tree, l, lane);
+                                          masks, l, lane);
   else
-    prefill_tiles<A, Shape, KEYS, BLOCKS>(state, query_tile, loader, first, last, positions, tree, l, lane);
+    prefill_tiles<A, Shape, KEYS, BLOCKS>(state, query_tile, loader, first, last, positions, masks, l, lane);
   store_rows<A, BLOCKS>(out + first_row * A::D, state, rows, warp, lane);
 }

@@ -60,13 +60,15 @@ class _Layer:
     spec: Attention
 
     def code(self, dtypes: Sequence[str]) -> Code:
-        any_step, decode, split, combine = self._any_step(), self._decode(False), self._decode(True), self._combine()
+        any_step, trees = (self._any_step(has_trees) for has_trees in (False, True))
+        decode, split, combine = self._decode(False), self._decode(True), self._combine()
         variants = (
             Variant(["and", "is_decode", ["<=", self.longest, UNSPLIT]], (decode[0],)),
             Variant("is_decode", (split[0], combine[0])),
+            Variant("has_trees", (trees[0],)),
             Variant(1, (any_step[0],)),
         )
-        functions = {launch.function: text for launch, text in (any_step, decode, split, combine)}
+        functions = {launch.function: text for launch, text in (any_step, trees, decode, split, combine)}
         # No less than any step's sequences times splits, and the most for the most sequences.
         pieces = ["+", self._splits_of_all, times("seqs", LEAST_SPLITS)]
         return Code((), functions, variants, times(pieces, self.spec.num_heads * (self.spec.head_dim + 4) * 4))
@@ -99,20 +101,21 @@ class _Layer:
         sizes = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.page_size, spec.window)
         return "_".join([f"attention_{kind}", spec.kv_dtype, *map(str, sizes)])
 
-    def _any_step(self) -> tuple[Launch, str]:
+    def _any_step(self, has_trees: bool) -> tuple[Launch, str]:
         spec = self.spec
-        buffers = [*self._inputs(), Buffer("query_start", "i32", tensor(4)), Buffer("tree_masks", "i32", tensor(5))]
-        if spec.window:
-            buffers.append(Buffer("positions", "i32", tensor(6)))
-        buffers.append(Buffer("out", "vec4<f32>", tensor(7)))  # the eighth at most: WebGPU promises no more
+        buffers = [*self._inputs(), Buffer("query_start", "i32", tensor(4)), Buffer("out", "vec4<f32>", tensor(7))]
+        if has_trees:
+            buffers.append(Buffer("tree_masks", "i32", tensor(5)))
+            if spec.window:  # the eighth: WebGPU promises no more
+                buffers.append(Buffer("positions", "i32", tensor(6)))
         numbers = {"seqs": int32("seqs"), "blocks": int32("blocks"), "scale": float32(spec.scale)}
         vectors = spec.head_dim // 4
         rows, chunk = (64, 4) if spec.head_dim <= 128 else (32, 8)  # 16 KiB of workgroup memory
         staged = chunk * (rows + 1 + 33)
         values = next(keys for keys in (32, 16, 8, 4) if keys * vectors <= staged)
-        shape = {"ROWS": rows, "CHUNK": chunk, "STAGED": staged, "VALUES": values}
+        shape = {"ROWS": rows, "CHUNK": chunk, "STAGED": staged, "VALUES": values, "TREES": has_trees}
         grid = (spec.num_kv_heads, ["+", ["//", times("n", self.group), rows], "seqs"], 1)
-        name = self._name("any")
+        name = self._name("trees" if has_trees else "any")
         return kernel(name, "attention.wgsl", self._values() | shape, buffers, grid, THREADS, numbers)
 
     def _decode(self, is_split: bool) -> tuple[Launch, str]:

@@ -3,8 +3,8 @@
 // keys that they see, KEYS at a time: logits, an online softmax, the weighted sum of values.
 //
 // q, out (n, H, D / 4) vec4; pages (num_pages, 2, KV, PAGE, D / 4) vec4; block_table (seqs, blocks); seq_lens (seqs);
-// query_start (seqs + 1); tree_masks, positions (n), of which positions are there and read only for windows of tokens in
-// trees. Grid: (KV, row tiles of all sequences).
+// query_start (seqs + 1); for steps with token trees tree_masks, and for their windows positions (n). Grid: (KV, row
+// tiles of all sequences).
 {{ HEAD }}
 const KV = {{ KV }}u;
 const GROUP = {{ GROUP }}u; // query heads of a key/value head
@@ -25,17 +25,7 @@ const SHARERS = {{ THREADS // ROWS }}u;
 % set each = range(D // 4 // LANES)
 
 // Rows first .. end - 1 of a sequence's, and keys first_key .. end_key - 1 that they see some of.
-// A sequence's last token is in a tree where any is: then rows may see all of its new tokens.
-struct Rows {
-  sequence: u32,
-  token: u32,
-  first: u32,
-  end: u32,
-  cached: i32,
-  first_key: u32,
-  end_key: u32,
-  has_tree: bool
-}
+struct Rows { sequence: u32, token: u32, first: u32, end: u32, cached: i32, first_key: u32, end_key: u32 }
 
 var<workgroup> found: Rows;
 var<workgroup> key_at: array<u32, KEYS>;
@@ -62,11 +52,17 @@ fn find_rows(group: vec3<u32>, thread: u32) {
     let end = min(first + ROWS, count * GROUP);
     if (first >= end) { continue; }
     let cached = seq_lens[s] - i32(count);
-    let has_tree = tree_masks[token + count - 1u] != 0;
-    let before = select(first / GROUP, 0u, has_tree);
-    let until = select((end - 1u) / GROUP + 1u, count, has_tree);
-    let first_key = {{ "max(cached + i32(before) - WINDOW + 1, 0)" if WINDOW else "0" }};
-    found = Rows(s, token, first, end, cached, u32(first_key), u32(cached) + until, has_tree);
+  % if TREES
+    // Rows of a tree may see all new tokens, and none of their positions is before those.
+    let may_be_tree = count <= 32u;
+    let before = i32(select(first / GROUP, 0u, may_be_tree));
+    let until = select((end - 1u) / GROUP + 1u, count, may_be_tree);
+  % else
+    let before = i32(first / GROUP);
+    let until = (end - 1u) / GROUP + 1u;
+  % endif
+    let first_key = {{ "max(cached + before - WINDOW + 1, 0)" if WINDOW else "0" }};
+    found = Rows(s, token, first, end, cached, u32(first_key), u32(cached) + until);
   }
 }
 
@@ -104,14 +100,14 @@ fn load_values(first: u32, thread: u32) {
 fn sees(rows: Rows, row: u32, key: u32) -> bool {
   let token = row_at(rows, row) / GROUP;
   let position = rows.cached + i32(token);
-  if (rows.has_tree) {
-    let mask = u32(tree_masks[rows.token + token]);
-    let own = i32(key) - rows.cached; // among the sequence's new tokens
-    if (mask != 0u && own >= 0) { return own < 32 && (mask >> u32(own) & 1u) != 0u; }
-  % if WINDOW
-    if (mask != 0u) { return i32(key) > positions[rows.token + token] - WINDOW; }
+  % if TREES
+  let mask = u32(tree_masks[rows.token + token]);
+  let own = i32(key) - rows.cached; // among the sequence's new tokens
+  if (mask != 0u && own >= 0) { return own < 32 && (mask >> u32(own) & 1u) != 0u; }
+    % if WINDOW
+  if (mask != 0u) { return i32(key) > positions[rows.token + token] - WINDOW; }
+    % endif
   % endif
-  }
   return key < rows.end_key && i32(key) <= position{{ " && i32(key) > position - WINDOW" if WINDOW }};
 }
 

@@ -51,7 +51,7 @@ def test_rope_append(variant: str, kv_dtype: str, tmp_path: Path) -> None:
 def test_paged_attention(variant: str, kv_dtype: str, tmp_path: Path) -> None:
     shape = Shape(6, 2, 64, 16, kv_dtype, window=50)
     kernel = emulated(variant, shape.kernel, tmp_path)
-    for batch in ([(14, 1), (15, 1), (16, 1)], [(300, 1)], [(40, 30), (17, 1), (0, 3)]):
+    for batch in ([(14, 1), (15, 1), (16, 1)], [(300, 1)], [(40, 30), (17, 1), (0, 3)], [(60, 0, 32), (30, 1, 9)]):
         check_attention(kernel, shape, batch, seed=len(batch))
 
 

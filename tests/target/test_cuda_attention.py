@@ -79,18 +79,21 @@ TREES = {
     "no cache": [(0, 0, 32), (0, 0, 2), (0, 0, 1), (0, 3, 5)],
     "beside others": [(130, 1, 9), (17, 1), (63, 0, 20), (64, 3, 29), (40, 40), (5, 0, 1), (100, 20, 12), (0, 0)],
 }
-PREFILL_LENGTHS = "const i32* query_start, const i32* tree_masks, const i32* positions, int sequences"
 
 
-def kernel_of(function: str, layer: Layer, shape: Sequence[int], inputs: str, lengths: str) -> EmulatedKernel:
+def kernel_of(
+    function: str, layer: Layer, shape: Sequence[int | str], inputs: str, lengths: str, trees: str = ""
+) -> EmulatedKernel:
     """attention_decode or attention_prefill for a layer; `inputs`: the parameters before the block table, `lengths`:
-    those that tell of sequences, after it."""
-    inputs_, lengths_ = (", ".join(part.split(" ")[-1] for part in params.split(",")) for params in (inputs, lengths))
+    those that tell of sequences, after it, `trees`: the last ones."""
+    inputs_, lengths_, trees_ = (
+        ", ".join(part.split(" ")[-1] for part in params.split(",")) for params in (inputs, lengths, trees)
+    )
     source = f"""#include "{function}.cuh"
     extern "C" __global__ void kernel({layer.activation}* out, {inputs}, const i32* block_table, const i32* seq_lens,
-                                      {lengths}, int table_stride, float scale, float cap) {{
+                                      {lengths}, int table_stride, float scale, float cap{trees}) {{
       {function}<{layer.type}, {", ".join(map(str, shape))}>(out, {inputs_}, block_table, seq_lens, {lengths_},
-          table_stride, scale, cap);
+          table_stride, scale, cap{", " * bool(trees)}{trees_.removeprefix(", ")});
     }}"""
     return compile_kernel(source, "kernel")
 
@@ -249,29 +252,40 @@ def test_decode(layer: Layer) -> None:
 )
 def test_prefill(layer: Layer, shape: tuple[int, int, int]) -> None:
     inputs = f"const {layer.activation}* q, const {layer.number}* pages"
-    kernel = kernel_of("attention_prefill", layer, shape, inputs, PREFILL_LENGTHS)
+    lengths = "const i32* query_start, int sequences"
+    masks = ", const i32* tree_masks, const i32* positions"
+    plain = kernel_of("attention_prefill", layer, shape, inputs, lengths)
+    for_trees = kernel_of("attention_prefill", layer, (*shape, "Tree"), inputs, lengths, masks)
     warps, blocks, keys = shape
     rows = warps * blocks * 16
 
-    def run(batch: Batch, starts: np.ndarray, order: Order) -> np.ndarray:
+    def run(batch: Batch, starts: np.ndarray, order: Order, has_trees: bool) -> np.ndarray:
         out = np.full((len(batch.q) + 2, *batch.q.shape[1:]), 7, batch.q.dtype)
         tiles = len(batch.q) * layer.group // rows + len(batch.lengths)
         page_numbers = 2 * max(1, keys // layer.page) * 4
         shared = (rows + 4 * keys) * layer.head_dim * 2 + page_numbers
-        trees = (batch.tree_masks, batch.positions)
-        sequences = (batch.block_table, batch.lengths, starts, *trees, len(batch.lengths), batch.block_table.shape[1])
-        args = (out, batch.q, batch.pages, *sequences, layer.scale, CAP)
-        kernel((layer.kv, tiles), warps * 32, args, shared, order)
+        sequences = (batch.block_table, batch.lengths, starts, len(batch.lengths), batch.block_table.shape[1])
+        args = (
+            out,
+            batch.q,
+            batch.pages,
+            *sequences,
+            layer.scale,
+            CAP,
+            *[batch.tree_masks, batch.positions] * has_trees,
+        )
+        (for_trees if has_trees else plain)((layer.kv, tiles), warps * 32, args, shared, order)
         return out
 
     seed = int(np.random.default_rng().integers(1 << 30))
     for sequences in [*BATCHES.values(), *TREES.values()]:
         batch = Batch.random(layer, sequences, seed=seed)
         starts = np.cumsum([0, *(sum(new) for _, *new in sequences)], dtype=np.int32)
-        out = run(batch, starts, "ascending")
-        assert_close(layer, out[:-2], batch.expected)
-        assert (out[-2:] == 7).all()
-        np.testing.assert_array_equal(run(batch, starts, "descending"), out)
+        for has_trees in {bool(batch.tree_masks.any()), True}:  # what is made for trees does for others, too
+            out = run(batch, starts, "ascending", has_trees)
+            assert_close(layer, out[:-2], batch.expected)
+            assert (out[-2:] == 7).all()
+            np.testing.assert_array_equal(run(batch, starts, "descending", has_trees), out)
 
 
 def test_a_step_of_decodes_in_one_kernel_and_in_two() -> None:
@@ -288,7 +302,7 @@ def test_a_step_of_decodes_in_one_kernel_and_in_two() -> None:
 
     def run(kernel: DeviceKernel, is_decode: int, *arrays: np.ndarray) -> list[str]:
         dtypes = ["float16" if p.narrow else p.dtype for p in kernel.params]
-        return run_kernel(kernel, arrays, symbols | {"is_decode": is_decode}, dtypes)
+        return run_kernel(kernel, arrays, symbols | {"is_decode": is_decode, "has_trees": 0}, dtypes)
 
     pages = [step.pages.copy() for _ in range(3)]
     q, *outs = (np.full(batch.q.shape, np.nan, np.float16) for _ in range(4))

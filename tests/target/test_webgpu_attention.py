@@ -115,10 +115,11 @@ class Batch:
         return cls(q, pages, table, lengths, starts, masks, positions, np.array(expected))
 
 
-def symbols(batch: Batch, num_tokens: int, is_decode: int) -> dict[str, int]:
+def symbols(batch: Batch, num_tokens: int, is_decode: int, has_trees: int = 0) -> dict[str, int]:
     longest = 1 << max(int(batch.lengths.max()) - 1, 0).bit_length()
     sizes = {"n": num_tokens, "seqs": len(batch.lengths), "blocks": batch.block_table.shape[1]}
-    return sizes | {"num_pages": len(batch.pages), "is_decode": is_decode, "longest": longest}
+    of_step = {"is_decode": is_decode, "has_trees": has_trees, "longest": longest}
+    return sizes | {"num_pages": len(batch.pages)} | of_step
 
 
 @each_layer(LAYERS)
@@ -128,8 +129,10 @@ def test_any_step(layer: Layer, sequences: list[tuple[int, ...]]) -> None:
     out = np.full(batch.q.shape, np.nan, np.float32)
     step = (batch.starts, batch.tree_masks, batch.positions)
     arrays = (batch.q, batch.pages, batch.block_table, batch.lengths, *step, out)
-    run(layer.kernel, arrays, symbols(batch, len(out), 0))
-    np.testing.assert_allclose(out, batch.expected, rtol=2e-5, atol=2e-5)
+    for has_trees in range(int(batch.tree_masks.any()), 2):  # what is made for trees does for others, too
+        out[:] = np.nan
+        run(layer.kernel, arrays, symbols(batch, len(out), 0, has_trees))
+        np.testing.assert_allclose(out, batch.expected, rtol=2e-5, atol=2e-5)
 
 
 @each_layer(DECODED)

@@ -36,7 +36,7 @@ CONFIG = {
     "tie_word_embeddings": False,
 }
 MAX_BATCH = 8
-STEP_SYMBOLS = {"seqs": MAX_BATCH, "blocks": 16, "num_pages": 99, "is_decode": 0, "longest": 256}
+STEP_SYMBOLS = {"seqs": MAX_BATCH, "blocks": 16, "num_pages": 99, "is_decode": 0, "has_trees": 0, "longest": 256}
 # Steps of a layer and its kernels' families, without what tells kernels apart.
 LAYER = ["linear_norm", "rope_attention", "linear_residual", "linear_norm_swiglu", "linear_residual"]
 
