@@ -52,7 +52,10 @@ class AdapterLayout:
     arguments: tuple[str, ...]  # of the function with the low-rank path, in order, without the weights
 
     def to_json(self) -> dict[str, Any]:
-        groups = [asdict(group) for group in self.groups]
+        groups = [
+            {"projections": list(g.projections), "in_features": g.in_features, "out_features": list(g.out_features)}
+            for g in self.groups
+        ]
         return {**asdict(self.limits), "groups": groups, "arguments": list(self.arguments)}
 
     @classmethod

@@ -28,7 +28,7 @@ from mlcgen import safetensors
 from mlcgen.adapter_layout import MAX_RANK, MAX_SLOTS
 from mlcgen.errors import ArtifactError, CheckpointError
 from mlcgen.runtime.cpu import usable_cores
-from mlcgen.runtime.executor import StepInput
+from mlcgen.runtime.executor import AdaptedStepInput, StepInput
 
 SCHEMA_VERSION = 2
 HASH_BLOCK = 16 << 20  # bytes
@@ -95,7 +95,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise ArtifactError(f"{text}; compile the model again")
     problem = _mismatch(manifest, _SCHEMA, "")
     if problem is None and "adapters" in manifest:
-        problem = _mismatch(manifest, _ADAPTERS_SCHEMA, "")
+        problem = _mismatch(manifest, _ADAPTERS_SCHEMA, "") or _mismatch_of_adapters(manifest)
     if problem:
         raise ArtifactError(f"{path}/{MANIFEST}: {problem}; compile the model again")
     adapted = [entry["adapted"] for entry in manifest["targets"]] if "adapters" in manifest else []
@@ -104,6 +104,22 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     if not manifest["targets"] or not (manifest["weights"] or manifest["random_weights"]):
         raise ArtifactError(f"{path}/{MANIFEST} names no target or no weights; compile the model again")
     return manifest
+
+
+def _mismatch_of_adapters(manifest: Mapping[str, Any]) -> str | None:
+    adapters, layers = manifest["adapters"], manifest["kv"]["num_layers"]
+    groups = adapters["groups"]
+    known = {field.name for field in dataclasses.fields(AdaptedStepInput)}
+    # Not sets of the names that there may be: a manifest can claim any number of layers.
+    for name in adapters["arguments"]:
+        kind, _, index = name.rpartition("_")
+        most = {"pages": layers, "lora_a": len(groups), "lora_b": len(groups)}.get(kind, 0)
+        if name not in known and not (index.isascii() and index.isdigit() and int(index[:9]) < most):
+            return f"adapters.arguments has {name[:40]!r}"
+    for i, group in enumerate(groups):
+        if not group["projections"] or len(group["projections"]) != len(group["out_features"]):
+            return f"adapters.groups[{i}] has not one size for each projection"
+    return None
 
 
 def _mismatch(value: Any, schema: Any, where: str) -> str | None:

@@ -258,6 +258,7 @@ def _print_manifest(manifest: Mapping[str, Any]) -> None:
         "quantization": f"{manifest['quantization']}, {size} of weights",
         "KV cache": f"{kv['dtype']}, {kv['page_size']} tokens per page",
         "context": f"{manifest['context_length']} tokens, {manifest['max_batch']} sequences per step",
+        **_adapters_line(manifest),
         "made with": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
         "verified": json.dumps(manifest["verify"]) if manifest.get("verify") else "no; run mlcgen verify",
     }
@@ -265,6 +266,13 @@ def _print_manifest(manifest: Mapping[str, Any]) -> None:
     for target in manifest["targets"]:
         features = " ".join(target["features"]) or "none"
         print(f"target        {target['name']} ({target['arch']}, {target['executor']}), needs: {features}")
+
+
+def _adapters_line(manifest: Mapping[str, Any]) -> dict[str, str]:
+    if "adapters" not in manifest:
+        return {}
+    adapters = manifest["adapters"]
+    return {"adapters": f"{adapters['slots']} at once, of rank {adapters['rank']} at most"}
 
 
 def _warn_of_fallbacks(report: Mapping[str, Any]) -> None:

@@ -105,6 +105,7 @@ def compile_targets(
             assert adapted.weights == one.weights, "both functions must read the same weights"
             layout = _layout(adapted, options.adapters)
             lines["adapter_kernels"] = more["kernels"]
+            lines["fallbacks"] += [line for line in more["fallbacks"] if line not in lines["fallbacks"]]
             entry["adapted"] = _file(target, staging, has_adapters=True)
         its_fallbacks = [*target.fallbacks, *fallbacks, *_activation_fallback(target, plan), *lines["fallbacks"]]
         reports[target.name] = {**lines, "fallbacks": its_fallbacks}

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlcgen.adapter_layout import AdapterLayout, ProjectionGroup
-from mlcgen.errors import ArtifactError, RequestError
+from mlcgen.errors import ArtifactError, DeviceError, RequestError
 from mlcgen.runtime.check_numerics import described, is_finite
 from mlcgen.runtime.cpu import usable_cores
 from mlcgen.runtime.executor import AdaptedStepInput, Float32, StepInput, Uint8
@@ -234,9 +234,16 @@ def _load_vm(library: Path) -> Any:
 
 
 def _zero_slots(group: ProjectionGroup, layout: AdapterLayout) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """lora_a and lora_b."""
+    """lora_a and lora_b. Raises DeviceError where there is no room."""
     limits = layout.limits
-    return _zero_pages(group.a_shape(limits), limits.dtype), _zero_pages(group.b_shape(limits), limits.dtype)
+    shapes = group.a_shape(limits), group.b_shape(limits)
+    try:
+        a, b = (_zero_pages(shape, limits.dtype) for shape in shapes)
+    except (OSError, OverflowError, ValueError) as error:
+        size = sum(map(prod, shapes)) * np.dtype(limits.dtype).itemsize * len(layout.groups)
+        room = f"{limits.slots} adapters of rank {limits.rank} take about {size / 2**30:.1f} GiB"
+        raise DeviceError(f"{room}, which this machine does not have; compile with fewer --adapters") from error
+    return a, b
 
 
 def _zero_pages(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:

@@ -113,7 +113,7 @@ def step_input(prompts: list[list[int]], slots: list[int], page_size: int) -> Ad
         np.array(lengths, np.int32),
         np.cumsum([0, *lengths], dtype=np.int32),
         np.arange(total, dtype=np.int32),
-        np.repeat(np.array(slots, np.int32), lengths),
+        adapter_slots=np.repeat(np.array(slots, np.int32), lengths),
     )
 
 

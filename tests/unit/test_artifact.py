@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlcgen import artifact
+from mlcgen.adapter_layout import AdapterLayout
 from mlcgen.artifact import WeightWriter, map_weights, new_artifact, read_manifest
 from mlcgen.errors import ArtifactError, TargetError
 from mlcgen.runtime import load, target_choice
@@ -305,6 +306,53 @@ def test_every_field_is_checked(tmp_path: Path, where: str, value: Any) -> None:
 def test_impossible_values(tmp_path: Path, where: str, value: Any) -> None:
     with pytest.raises(ArtifactError, match=where):
         read_manifest(write_manifest(tmp_path, changed(where, value)))
+
+
+ADAPTED: dict[str, Any] = {
+    "rank": 8,
+    "slots": 4,
+    "dtype": "float16",
+    "groups": [{"projections": ["q", "k"], "in_features": 64, "out_features": [64, 32]}],
+    "arguments": ["input_ids", "adapter_slots", "lora_a_0", "lora_b_0", "pages_1"],
+}
+
+
+def with_adapters(path: Path, where: str = "rank", value: Any = 8, file: Any = "lib/cpu.adapters.so") -> Path:
+    manifest = {**copy.deepcopy(MANIFEST), "adapters": {**copy.deepcopy(ADAPTED), where: value}}
+    manifest["targets"][0]["adapted"] = {"file": file, "sha256": "0"}
+    return write_manifest(path, manifest)
+
+
+def test_adapters(tmp_path: Path) -> None:
+    manifest = read_manifest(with_adapters(tmp_path))
+    assert AdapterLayout.from_json(manifest["adapters"]).to_json() == ADAPTED
+    with pytest.raises(ArtifactError, match="not inside"):
+        read_manifest(with_adapters(tmp_path, file="../x.so"))
+    with pytest.raises(ArtifactError, match="adapted"):
+        read_manifest(write_manifest(tmp_path, changed("adapters", ADAPTED)))
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("rank", 0),
+        ("rank", 1 << 20),
+        ("slots", "4"),
+        ("dtype", "int8"),
+        ("groups", [{"projections": ["q"], "in_features": 64, "out_features": [64, 32]}]),
+        ("groups", [{"projections": [], "in_features": 64, "out_features": []}]),
+        ("groups", [{"projections": ["q"], "in_features": -1, "out_features": [64]}]),
+        ("arguments", ["lora_a_1"]),
+        ("arguments", ["pages_2"]),
+        ("arguments", ["pages_-1"]),
+        ("arguments", ["pages_" + "9" * 9999]),
+        ("arguments", ["__class__"]),
+        ("arguments", [0]),
+    ],
+)
+def test_impossible_adapters(tmp_path: Path, where: str, value: Any) -> None:
+    with pytest.raises(ArtifactError, match=f"adapters.{where}"):
+        read_manifest(with_adapters(tmp_path, where, value))
 
 
 @pytest.mark.parametrize(
