@@ -32,15 +32,17 @@ def calibrate(engine: Engine, source: str, progress: Callable[[int, int], None] 
     page_seconds = stepper.fill_pages(max(map(stepper.num_pages, shapes)))
     batches = [(StepShape.of((*part, True) for part in parts), stepper.batch(parts)) for parts in shapes]
     steps: list[MeasuredStep] = []
-    begun, rounds = perf_counter(), 0
+    begun, rounds, total = perf_counter(), 0, (LEAST_ROUNDS + 1) * len(batches)
     while rounds <= LEAST_ROUNDS or (rounds <= ROUNDS and perf_counter() - begun < SECONDS):
         for done, (shape, batch) in enumerate(batches):
             if progress is not None:
-                progress(min(rounds, LEAST_ROUNDS) * len(batches) + done, (LEAST_ROUNDS + 1) * len(batches))
+                progress(min(rounds, LEAST_ROUNDS) * len(batches) + done, total)
             seconds = stepper.run(batch)
             if rounds:  # the first one warms up
                 steps.append(MeasuredStep(shape, seconds))
         rounds += 1
+    if progress is not None:
+        progress(total, total)
     executor, layers = engine.executor, engine.executor.page_shape
     limits = Limits(
         executor.num_pages,

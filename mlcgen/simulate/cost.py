@@ -90,17 +90,15 @@ def fit(steps: Sequence[MeasuredStep]) -> StepCost:
     steps = medians(steps)
     knots = sorted({step.shape.tokens for step in steps})
     if len(knots) < 2:
-        raise SimulationError(
-            f"{len(steps)} measured steps with {len(knots)} different token counts; need two at least"
-        )
+        raise SimulationError(f"the {len(steps)} measured steps have not even two different counts of tokens")
     columns = np.array([_features(step.shape, knots) for step in steps], float)
     seconds = np.array([step.seconds for step in steps])
     chosen = _independent(columns)
     found = np.zeros(columns.shape[1])
     found[chosen] = nonnegative_least_squares(columns[:, chosen] / seconds[:, None], np.ones(len(steps)))
-    fixed, slopes, (cached, pair, row) = found[0], found[1:-3], found[-3:]
+    fixed, *slopes, cached, pair, row = found.tolist()
     # Of the last knot nothing is known beyond: it goes on as it came.
-    return StepCost(float(fixed), tuple(knots), (*slopes.tolist(), float(slopes[-1])), row, cached, pair)
+    return StepCost(fixed, tuple(knots), (*slopes, slopes[-1]), row, cached, pair)
 
 
 def medians(steps: Sequence[MeasuredStep]) -> list[MeasuredStep]:

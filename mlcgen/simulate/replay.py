@@ -64,7 +64,8 @@ class Replay:
 
     jobs: list[Job]
     replicas: "list[Replica]"
-    waiting: list[int] = field(default_factory=list)  # at each arrival, those not begun
+    waiting: list[int] = field(default_factory=list)  # after each arrival, those that do not run
+    unfinished: list[int] = field(default_factory=list)  # likewise, these and those that run
 
     @property
     def finished(self) -> list[Job]:
@@ -193,6 +194,7 @@ def replay(
         result.jobs.append(job)
         min(replicas, key=lambda each: each.num_unfinished).add(job)
         result.waiting.append(sum(len(each.scheduler.waiting) for each in replicas))
+        result.unfinished.append(sum(each.num_unfinished for each in replicas))
         if progress is not None and number % 64 == 0:
             progress(number, len(trace))
     for replica in replicas:

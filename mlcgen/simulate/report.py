@@ -10,8 +10,8 @@ from mlcgen.simulate.replay import Job, Replay
 
 __all__ = ["Percentiles", "Summary", "summarize"]
 
-GROWTH = 1.25  # of the mean queue from one third of the arrivals to the next, above which it keeps growing
-LEAST_QUEUE = 0.02  # share of all requests that must wait when the last one comes, for a queue to count
+GROWTH = 1.25  # of the mean number of unfinished requests from one third of the arrivals to the next, to keep growing
+LEAST_SHARE = 0.05  # of all requests, that must be unfinished when the last one comes
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Summary:
     num_preemptions: int
     num_moved_pages: int
     hit_rate: float  # prompt tokens that were in the cache
-    queue_at_end: int  # requests not begun when the last one came
-    is_overloaded: bool  # the queue kept growing
+    queue_at_end: int  # requests that waited when the last one came, it included
+    is_overloaded: bool  # the unfinished ones became more and more
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,7 +85,7 @@ def summarize(result: Replay) -> Summary:
         num_moved_pages=sum(each.num_moved for each in usage),
         hit_rate=hits / max(prompts, 1),
         queue_at_end=result.waiting[-1],
-        is_overloaded=_keeps_growing(result.waiting),
+        is_overloaded=_keeps_growing(result.unfinished),
     )
 
 
@@ -93,12 +93,13 @@ def _tpot(job: Job) -> float:
     return (job.token_times[-1] - job.token_times[0]) / (len(job.token_times) - 1)
 
 
-def _keeps_growing(waiting: Sequence[int]) -> bool:
-    """Whether the queue was longer in each third of the arrivals than in the one before, and is not short at the end.
+def _keeps_growing(unfinished: Sequence[int]) -> bool:
+    """Whether there were more in each third of the arrivals than in the one before, and many at the end.
 
-    A queue that grows evenly from nothing makes 1, 3, 5 of them; one that a burst left behind shrinks again.
+    Of a load that is too much they grow evenly, 1, 3, 5 by thirds; of others they stay about the same once the engine
+    is as full as the load makes it.
     """
-    if waiting[-1] <= max(4, LEAST_QUEUE * len(waiting)):
+    if unfinished[-1] <= max(4, LEAST_SHARE * len(unfinished)):
         return False
-    begin, middle, end = (float(np.mean(third)) for third in np.array_split(waiting, 3))
+    begin, middle, end = (float(np.mean(third)) for third in np.array_split(unfinished, 3))
     return middle > GROWTH * begin and end > GROWTH * middle

@@ -25,7 +25,7 @@ USE: dict[str, Show] = {
     "prefix\nhits": lambda case: f"{case.summary.hit_rate:.0%}",
     "queue\nat end": lambda case: f"{case.summary.queue_at_end}{' overloaded' if case.summary.is_overloaded else ''}",
 }
-WIDTH = 100  # that the tables need; no figure is cut
+WIDTH = 120  # that the tables need; no figure is cut
 VARIED: dict[str, Show] = {  # shown where there are several
     "rate\n1/s": lambda case: f"{case.rate:.4g}",
     "tokens\n/step": lambda case: str(case.tokens_per_step),
@@ -40,6 +40,7 @@ def print_simulation(simulation: Simulation) -> None:
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, WIDTH)
     for columns in (SPEED, USE):
         header, cells = rows(simulation.cases, columns)
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
@@ -47,7 +48,7 @@ def print_simulation(simulation: Simulation) -> None:
             table.add_column(name, justify="right", no_wrap=True)
         for row in cells:
             table.add_row(*row)
-        console.print(table, crop=False, width=max(console.width, WIDTH))
+        console.print(table)
     for line in footer(simulation):
         console.print(line, markup=False)
 
@@ -69,7 +70,7 @@ def footer(simulation: Simulation) -> list[str]:
         f"requests  {first.summary.num_requests} a row"
         + (f"; {failed} of all rows failed: too long for the context or the pages" if failed else ""),
         f"engine    {server.num_pages} pages of {server.page_size} tokens, {server.max_batch} sequences, "
-        f"{first.tokens_per_step} tokens a step in the first row; {first.replicas} replicas in it",
+        f"{first.tokens_per_step} tokens a step and {first.replicas} replicas in the first row",
         f"cost      {simulation.source}: {simulation.num_steps} steps, fitted within {middle:.1%} (median), "
         f"{largest:.0%} (largest)",
     ]
