@@ -434,6 +434,73 @@ def plan(
 
 
 @verb
+def simulate(
+    artifact: Annotated[Path | None, typer.Argument(help="Time its steps; or give --cost.")] = None,
+    cost: Annotated[Path | None, typer.Option(help="Step times: of --save-cost, or of mlcgen bench --json.")] = None,
+    row: Annotated[str | None, typer.Option(help="Which row of a bench result: BUILD, or 'BUILD on TARGET'.")] = None,
+    save_cost: Annotated[Path | None, typer.Option(help="Keep the artifact's step times here.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each run.")] = 1000,
+    rate: Annotated[list[float] | None, typer.Option(min=1e-6, help="Requests a second. Repeatable.")] = None,
+    arrivals: Annotated[str, typer.Option(help="poisson, or bursty: gaps vary three times as much.")] = "poisson",
+    prompt: Annotated[str, typer.Option(help="Tokens of prompts: N, or MEDIAN:P95.")] = "128:512",
+    output_tokens: Annotated[str, typer.Option("--output", help="Tokens to generate, likewise.")] = "64:256",
+    shared_prefix: Annotated[int, typer.Option(min=0, help="Tokens before each prompt that all share.")] = 0,
+    trace: Annotated[Path | None, typer.Option(help="JSON lines to replay instead.")] = None,
+    num_pages: NumPages = None,
+    page_size: Annotated[int | None, typer.Option(min=1, help="Tokens per page; default: as measured.")] = None,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Sequences per step; default: as measured.")] = None,
+    tokens_per_step: Annotated[list[int] | None, typer.Option(min=1, help="Of a step at most. Repeatable.")] = None,
+    whole_prompts: Annotated[bool, typer.Option(help="Also without chunks: prompts first, decodes wait.")] = False,
+    prefix_cache: Annotated[bool, typer.Option(help="Reuse the pages of equal beginnings.")] = True,
+    replicas: Annotated[list[int] | None, typer.Option(min=1, help="Engines to spread over. Repeatable.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of arrivals and lengths.")] = 0,
+    target: RunTarget = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Latency and throughput under a load of requests, from step times: the engine's own scheduler, without a model."""
+    if (artifact is None) == (cost is None):
+        raise typer.BadParameter("give one of ARTIFACT and --cost FILE")
+    if arrivals not in ("poisson", "bursty"):
+        raise typer.BadParameter(f"no --arrivals {arrivals!r}; have: poisson, bursty, and --trace FILE")
+    if (row and artifact) or (save_cost and cost):
+        raise typer.BadParameter("--row goes with --cost FILE, and --save-cost with ARTIFACT")
+    from mlcgen.simulate.run import Options
+    from mlcgen.simulate.run import simulate as run_simulation
+    from mlcgen.simulate.step_times import read_step_times, write_step_times
+    from mlcgen.simulate.trace import Load, parse_lengths
+
+    lengths = parse_lengths(prompt), parse_lengths(output_tokens)
+    load = Load(requests, arrivals, *lengths, shared_prefix, seed)  # type: ignore[arg-type]
+    options = Options(
+        load,
+        rate or (1.0,),
+        trace,
+        tokens_per_step or (),
+        ("chunked", "whole") if whole_prompts else ("chunked",),
+        replicas or (1,),
+        num_pages,
+        page_size,
+        max_batch,
+        prefix_cache,
+    )
+    with output.Progress() as progress:
+        times = read_step_times(cost, row) if cost else _measured(artifact, target, threads, progress.update)
+        if save_cost:
+            write_step_times(save_cost, times)
+        result = run_simulation(times, options, progress.update)
+    output.simulation(result, as_json)
+
+
+def _measured(artifact: Path | None, target: str, threads: int | None, progress: Any) -> Any:
+    from mlcgen.runtime.llm import load_engine
+    from mlcgen.simulate.calibrate import calibrate
+
+    engine = load_engine(artifact or "", target, num_threads=threads)
+    return calibrate(engine, str(artifact), lambda done, total: progress("measuring steps", done, total))
+
+
+@verb
 def devices(as_json: Json = False) -> None:
     """What this machine can compile for and run, and what is missing for the rest."""
     from mlcgen.devices import devices as find_devices

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlcgen.devices import Device
     from mlcgen.plan import Plan
     from mlcgen.runtime.outputs import Delta, RequestOutput
+    from mlcgen.simulate.run import Simulation
 
 
 @dataclass
@@ -231,6 +232,16 @@ def benchmark(result: Mapping[str, Any], file: Path | None) -> None:
     print_result(result)
     if file:
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def simulation(result: "Simulation", as_json: bool) -> None:
+    for line in result.warnings:
+        warning(line)
+    if as_json:
+        return print_json(result.as_dict())
+    from mlcgen.simulate.table import print_simulation
+
+    print_simulation(result)
 
 
 def inspection(manifest: Mapping[str, Any], report: Mapping[str, Any], as_json: bool) -> None:

@@ -8,6 +8,7 @@ __all__ = [
     "DeviceError",
     "MlcgenError",
     "RequestError",
+    "SimulationError",
     "TargetError",
     "UnsupportedError",
 ]
@@ -47,3 +48,7 @@ class RequestError(MlcgenError):
 
 class BenchError(MlcgenError):
     """A benchmark cannot run: a peer is not installed, has no model, or an engine's process ended early."""
+
+
+class SimulationError(MlcgenError):
+    """A simulation cannot run: step times or a trace are missing, damaged, or say too little."""
