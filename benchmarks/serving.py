@@ -18,8 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 import mlcgen
+from mlcgen.runtime.draft_model import ModelDrafter
 from mlcgen.runtime.engine import Engine
 from mlcgen.runtime.llm import load_engine
+from mlcgen.runtime.load import load_executor
 from mlcgen.runtime.options import EngineOptions
 from mlcgen.runtime.outputs import RequestOutput
 from mlcgen.runtime.sampler import SamplingParams
@@ -42,14 +44,22 @@ def real_tokens() -> list[int]:
 class Server:
     """Engines with different options over one executor: weights are loaded once, and pages start empty each time."""
 
-    def __init__(self, path: Path, target: str, **sizes: Any) -> None:
+    def __init__(self, path: Path, target: str, draft_model: Path | None, **sizes: Any) -> None:
+        self.draft_model = draft_model
         self.loaded = load_engine(path, target, **sizes)
+        if draft_model is not None:
+            loaded = load_executor(draft_model, target, num_pages=256)
+            self._draft = loaded.executor, loaded.context_length
 
     def engine(self, max_batch: int | None = None, **options: Any) -> Engine:
         loaded = self.loaded
         most = max_batch or loaded.scheduler.max_batch
-        chosen = EngineOptions(**options)
-        return Engine(loaded.executor, loaded.tokenizer, loaded.eos_token_ids, loaded.context_length, most, chosen)
+        drafter = None
+        if options.get("speculation") == "model":
+            options["draft_model"] = self.draft_model
+            drafter = ModelDrafter(*self._draft, options.get("branches", 1))
+        chosen, sizes = EngineOptions(**options), (loaded.context_length, most)
+        return Engine(loaded.executor, loaded.tokenizer, loaded.eos_token_ids, *sizes, chosen, drafter)
 
 
 def serve(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> tuple[list[RequestOutput], float]:
@@ -137,36 +147,100 @@ EDIT = (
 )
 
 
+GUESSES: dict[str, dict[str, Any]] = {
+    "off": {},
+    "ngram": {"speculation": "ngram"},
+    "ngram, trees": {"speculation": "ngram", "branches": 3},
+    "lookahead": {"speculation": "lookahead"},
+    "lookahead, trees": {"speculation": "lookahead", "branches": 3},
+    "model": {"speculation": "model"},
+    "model, trees": {"speculation": "model", "branches": 3},
+}
+
+
 def speculation(server: Server) -> list[Row]:
-    """Tokens/s of one request, an edit of its own prompt and an ordinary text, with and without guesses by n-grams."""
+    """Tokens/s of one request, with and without guesses: an edit of its own prompt, and an ordinary text."""
     rows, prompts, tokenizer = [], {"text": real_tokens()[:64]}, server.loaded.tokenizer
     if tokenizer is not None:
         prompts["edit"] = tokenizer.encode(EDIT)
+    kinds = [name for name in GUESSES if server.draft_model or not name.startswith("model")]
     for name, prompt in prompts.items():
         stats: dict[str, Any] = {}
         texts: dict[str, list[int]] = {}
 
         def run(kind: str, prompt: list[int] = prompt, stats: Any = stats, texts: Any = texts) -> float:
-            engine = server.engine(speculation=kind)
+            engine = server.engine(**GUESSES[kind])
             outputs, _ = serve(engine, [(prompt, greedy(128))])
             stats[kind], texts[kind] = engine.stats(), outputs[0].token_ids
             rate = outputs[0].metrics.decode_tokens_per_s
             assert rate is not None
             return rate
 
-        rates = in_turns({kind: lambda kind=kind: run(kind) for kind in ("off", "ngram")})  # type: ignore[misc]
-        rows.append(
-            {
-                "": name,
-                "off": f"{rates['off']:.1f}",
-                "ngram": f"{rates['ngram']:.1f}",
-                "ratio": f"{rates['ngram'] / rates['off']:.2f}",
-                "drafted": str(stats["ngram"].num_drafted),
-                "accepted": f"{stats['ngram'].acceptance:.0%}",
-                "same tokens": str(texts["off"] == texts["ngram"]),
-            }
-        )
+        rates = in_turns({kind: lambda kind=kind: run(kind) for kind in kinds})  # type: ignore[misc]
+        for kind in kinds:
+            rows.append(
+                {
+                    "": name,
+                    "guesses": kind,
+                    "tokens/s": f"{rates[kind]:.1f}",
+                    "ratio": f"{rates[kind] / rates['off']:.2f}",
+                    "drafted": str(stats[kind].num_drafted),
+                    "accepted": f"{stats[kind].acceptance:.0%}",
+                    "same tokens": str(texts["off"] == texts[kind]),
+                }
+            )
     return rows
+
+
+PROMPTS = {
+    "chunks": {},
+    "chunks of 128": {"tokens_per_step": 128},
+    "whole prompts": {"chunked_prefill": False},
+}
+
+
+def chunking(server: Server) -> list[Row]:
+    """Requests that come at 70% of what the engine can do, a quarter of them with long prompts: waiting times."""
+    random, text = np.random.default_rng(3), real_tokens()
+    requests = []
+    for i in range(64):
+        length, count = (int(random.integers(600, 1001)), 24) if i % 4 == 0 else (int(random.integers(16, 65)), 48)
+        start = int(random.integers(0, len(text) - length))
+        requests.append((text[start : start + length], greedy(count)))
+    seconds = min(serve(server.engine(prefix_cache=False), requests)[1] for _ in range(2))
+    arrivals = np.cumsum(random.exponential(seconds / 64 / 0.7, 64)).tolist()
+    found: dict[str, list[list[float]]] = {name: [] for name in PROMPTS}
+    for turn in range(TURNS + 1):
+        for name, options in PROMPTS.items():
+            waits = arrive(server.engine(prefix_cache=False, **options), requests, arrivals)  # type: ignore[arg-type]
+            if turn:
+                found[name].append(waits)
+    names = ("first token p50, ms", "first token p95", "each token p50", "each token p95")
+    return [
+        {
+            "": name,
+            **{
+                column: f"{statistics.median(each) * 1e3:.1f}"
+                for column, each in zip(names, zip(*waits, strict=True), strict=True)
+            },
+        }
+        for name, waits in found.items()
+    ]
+
+
+def arrive(engine: Engine, requests: list[tuple[list[int], SamplingParams]], arrivals: list[float]) -> list[float]:
+    """Seconds to the first token and per token after it, of a middling and a slow request each."""
+    begun, outputs = time.monotonic(), []
+    while len(outputs) < len(requests) or engine.has_unfinished:
+        while len(outputs) < len(requests) and time.monotonic() - begun >= arrivals[len(outputs)]:
+            outputs.append(engine.add_request(str(len(outputs)), *requests[len(outputs)], stream=False))
+        if engine.has_unfinished:
+            engine.step()
+        else:
+            time.sleep(max(0.0, begun + arrivals[len(outputs)] - time.monotonic()))
+    first = [(o.metrics.first_token or 0.0) - begun - at for o, at in zip(outputs, arrivals, strict=True)]
+    each = [((o.metrics.finished or 0) - (o.metrics.first_token or 0)) / (o.metrics.num_tokens - 1) for o in outputs]
+    return [float(np.percentile(values, q)) for values in (first, each) for q in (50, 95)]
 
 
 def waste(server: Server) -> list[Row]:
@@ -235,6 +309,7 @@ CASES = {
     "mixed load": mixed_load,
     "shared prefix": shared_prefix,
     "speculation": speculation,
+    "chunking": chunking,
     "page waste": waste,
     "swapping": swapping,
     "aborts": aborts,
@@ -248,6 +323,7 @@ def main() -> None:
     parser.add_argument("--num-pages", type=int, help="default: what memory allows")
     parser.add_argument("--quantization", default="q8", help="of SmolLM2, where no artifact is given")
     parser.add_argument("--page-size", type=int, default=16, help="likewise")
+    parser.add_argument("--draft-model", type=Path, help="an artifact that guesses in the case of speculation")
     parser.add_argument("--case", action="append", choices=CASES)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -255,7 +331,7 @@ def main() -> None:
         if path is None:
             path, options = Path(folder) / "smollm2", {"page_size": arguments.page_size, "max_batch": 64}
             mlcgen.compile("smollm2-135m", ["cpu"], arguments.quantization, path, **options)
-        server = Server(path, arguments.target, num_pages=arguments.num_pages)
+        server = Server(path, arguments.target, arguments.draft_model, num_pages=arguments.num_pages)
         for name in arguments.case or CASES:
             rows = CASES[name](server)
             table = Table(*rows[0], title=name)
