@@ -63,7 +63,7 @@ class Attention:
         blocks = -(-length // PAGE_SIZE)
         pages = sequences * blocks
         self.symbols = {"n": sequences * new, "seqs": sequences, "blocks": blocks, "num_pages": pages}
-        self.symbols |= {"is_decode": int(new == 1), "longest": 1 << (length - 1).bit_length()}
+        self.symbols |= {"is_decode": int(new == 1), "has_trees": 0, "longest": 1 << (length - 1).bit_length()}
         turns = max(1, CACHE_BYTES // (pages * PAGE_SIZE * TOKEN_BYTES))
         rng = np.random.default_rng(0)
         cache = rng.standard_normal(pages * PAGE_SIZE * TOKEN_BYTES // 2, np.float32).astype(np.float16)
