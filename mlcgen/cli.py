@@ -13,6 +13,7 @@ from mlcgen.errors import MlcgenError
 if TYPE_CHECKING:
     from mlcgen.runtime.options import EngineOptions
     from mlcgen.runtime.sampler import SamplingParams
+    from mlcgen.simulate.step_times import StepTimes
 
 # The verbs import what they need when they run, so that `--help` is quick and `run` needs no compiler.
 
@@ -485,19 +486,19 @@ def simulate(
         prefix_cache,
     )
     with output.Progress() as progress:
-        times = read_step_times(cost, row) if cost else _measured(artifact, target, threads, progress.update)
+        times = read_step_times(cost, row) if cost else _step_times(artifact or Path(), target, threads, progress)
         if save_cost:
             write_step_times(save_cost, times)
         result = run_simulation(times, options, progress.update)
     output.simulation(result, as_json)
 
 
-def _measured(artifact: Path | None, target: str, threads: int | None, progress: Any) -> Any:
+def _step_times(artifact: Path, target: str, threads: int | None, progress: output.Progress) -> "StepTimes":
     from mlcgen.runtime.llm import load_engine
     from mlcgen.simulate.calibrate import calibrate
 
-    engine = load_engine(artifact or "", target, num_threads=threads)
-    return calibrate(engine, str(artifact), lambda done, total: progress("measuring steps", done, total))
+    engine = load_engine(artifact, target, num_threads=threads)
+    return calibrate(engine, str(artifact), lambda done, total: progress.update("measuring steps", done, total))
 
 
 @verb

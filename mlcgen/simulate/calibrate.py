@@ -21,7 +21,7 @@ __all__ = ["calibrate"]
 Part = tuple[int, int]  # a sequence's tokens in the cache, and of this step
 GREEDY = SamplingParams(temperature=0.0)
 # Rounds over all shapes, so that what else the machine does slows all of them, after one to warm up.
-LEAST_ROUNDS, ROUNDS, SECONDS = 3, 20, 10.0  # and how long to go on beyond the least
+LEAST_ROUNDS, ROUNDS, SECONDS = 3, 10, 10.0  # and how long to go on beyond the least
 MOST_CACHED = 1 << 14  # tokens in the cache of all sequences together: filling more pages takes long
 
 
@@ -68,8 +68,9 @@ def _shapes(engine: Engine) -> Iterator[list[Part]]:
     candidates += [[(long, chunk)], [(long, 1)] * few + [(0, chunk)], [(short, 1)] * few + [(long, most // 4)]]
     candidates.append([(0, max(most // 4, 2))] * min(4, batch))
     for parts in candidates:
+        counts = [count for _, count in parts]
         longest = max(before + count for before, count in parts)
-        if parts and longest <= context and sum(count for _, count in parts) <= most:
+        if min(counts) > 0 and sum(counts) <= most and longest <= context:
             yield parts
 
 

@@ -1,8 +1,7 @@
 """What a replayed trace says: rates, latencies, memory, and whether the load was too much."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -41,6 +40,7 @@ class Summary:
     ttft: Percentiles  # from the arrival to the first token
     tpot: Percentiles  # mean time between two tokens of a request
     gap: Percentiles  # time between any two tokens of a request, so that a pause is not averaged away
+    longest_gap: float
     latency: Percentiles  # from the arrival to the last token
     busy: float  # share of the time in which steps ran, mean over replicas
     mean_pages: float  # held while steps ran, of a replica
@@ -52,9 +52,6 @@ class Summary:
     queue_at_end: int  # requests that waited when the last one came, it included
     is_overloaded: bool  # the unfinished ones became more and more
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def summarize(result: Replay) -> Summary:
     done, replicas = result.finished, result.replicas
@@ -65,6 +62,7 @@ def summarize(result: Replay) -> Summary:
     busy = sum(each.busy_seconds for each in usage)
     prompts = sum(replica.scheduler.num_prompt_tokens for replica in replicas)
     hits = sum(replica.scheduler.num_cached_tokens for replica in replicas)
+    gaps = [gap for job in done for gap in np.diff(job.token_times).tolist()]
     return Summary(
         num_requests=len(result.jobs),
         num_finished=len(done),
@@ -75,7 +73,8 @@ def summarize(result: Replay) -> Summary:
         prompt_tokens_per_s=sum(job.arrival.prompt_tokens for job in done) * per_second,
         ttft=Percentiles.of([job.token_times[0] - job.arrival.seconds for job in done]),
         tpot=Percentiles.of([_tpot(job) for job in done if len(job.token_times) > 1]),
-        gap=Percentiles.of([gap for job in done for gap in np.diff(job.token_times).tolist()]),
+        gap=Percentiles.of(gaps),
+        longest_gap=max(gaps, default=0.0),
         latency=Percentiles.of([job.token_times[-1] - job.arrival.seconds for job in done]),
         busy=busy * per_second / len(replicas),
         mean_pages=sum(each.page_seconds for each in usage) / max(busy, 1e-300),

@@ -14,7 +14,7 @@ SPEED: dict[str, Show] = {
     "generated\ntokens/s": lambda case: f"{case.summary.tokens_per_s:.4g}",
     "first token, s\np50/p95/p99": lambda case: _percentiles(case.summary.ttft, 1),
     "per token, ms\np50/p95/p99": lambda case: _percentiles(case.summary.tpot, 1e3),
-    "gap, ms\np99": lambda case: _number(case.summary.gap.p99 * 1e3),
+    "gap, ms\np99/max": lambda case: f"{_number(case.summary.gap.p99 * 1e3)}/{_number(case.summary.longest_gap * 1e3)}",
 }
 USE: dict[str, Show] = {
     "whole request, s\np50/p95/p99": lambda case: _percentiles(case.summary.latency, 1),

@@ -124,6 +124,7 @@ def test_without_chunks_a_decode_waits_for_a_prompt_that_comes_and_with_them_it_
     first = {prefill: result.jobs[1].token_times[0] for prefill, result in results.items()}
     steps = sum(COST.seconds(StepShape.of([(before, 32, False)])) for before in (0, 32, 64))
     assert gaps["whole"] > steps > gaps["chunked"]
+    assert summarize(results["whole"]).longest_gap == pytest.approx(gaps["whole"])
     assert first["whole"] < first["chunked"]
 
 

@@ -227,3 +227,22 @@ def test_an_engine_is_measured_in_shapes_that_it_takes(monkeypatch: pytest.Monke
     assert done[-1][0] == done[-1][1]
     assert engine.pool.num_free == 120
     assert times.cost.seconds(StepShape(4, 4, 40)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("max_batch", "max_tokens_per_step"), [(1, 2), (1, 64), (8, 8), (3, 5)])
+def test_small_engines_are_measured_too(max_batch: int, max_tokens_per_step: int) -> None:
+    executor = NumpyExecutor(num_pages=40, max_tokens_per_step=max_tokens_per_step)
+    times = calibrate(make_engine(executor=executor, max_batch=max_batch), "tiny")
+    assert max(step.shape.tokens for step in times.steps) <= max_tokens_per_step
+    assert times.cost.seconds(StepShape(1, 1, 10)) > 0
+
+
+def test_an_artifact_is_measured_and_its_steps_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("mlcgen.runtime.llm.load_engine", lambda *args, **options: make_engine())
+    file = tmp_path / "cost.json"
+    short = ["--requests", 5, "--prompt", 10, "--output", 4, "--json"]
+    measured = json.loads(run("some-artifact", "--save-cost", file, *short))
+    assert measured["source"] == "some-artifact"
+    again = json.loads(run("--cost", file, *short))
+    assert again["measured_steps"] == measured["measured_steps"]
+    assert again["server"]["num_pages"] == measured["server"]["num_pages"] == 64
