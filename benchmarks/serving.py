@@ -216,16 +216,11 @@ def chunking(server: Server) -> list[Row]:
             if turn:
                 found[name].append(waits)
     names = ("first token p50, ms", "first token p95", "each token p50", "each token p95")
-    return [
-        {
-            "": name,
-            **{
-                column: f"{statistics.median(each) * 1e3:.1f}"
-                for column, each in zip(names, zip(*waits, strict=True), strict=True)
-            },
-        }
-        for name, waits in found.items()
-    ]
+    rows = []
+    for name, waits in found.items():
+        middle = [statistics.median(each) * 1e3 for each in zip(*waits, strict=True)]
+        rows.append({"": name, **{column: f"{value:.1f}" for column, value in zip(names, middle, strict=True)}})
+    return rows
 
 
 def arrive(engine: Engine, requests: list[tuple[list[int], SamplingParams]], arrivals: list[float]) -> list[float]:
