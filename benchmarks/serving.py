@@ -20,6 +20,7 @@ from rich.table import Table
 import mlcgen
 from mlcgen.runtime.draft_model import ModelDrafter
 from mlcgen.runtime.engine import Engine
+from mlcgen.runtime.grammar import StructuredOutput
 from mlcgen.runtime.llm import load_engine
 from mlcgen.runtime.load import load_executor
 from mlcgen.runtime.options import EngineOptions
@@ -238,6 +239,46 @@ def arrive(engine: Engine, requests: list[tuple[list[int], SamplingParams]], arr
     return [float(np.percentile(values, q)) for values in (first, each) for q in (50, 95)]
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 40},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 4, "maxItems": 8},
+        "year": {"type": "integer"},
+    },
+    "required": ["name", "tags", "year"],
+}
+
+
+def structure(server: Server) -> list[Row]:
+    """What a JSON schema costs per token, forced tokens and masks together: 1 and 16 requests, with and without it."""
+    rows, text = [], real_tokens()
+    for count in (1, 16):
+        prompts = [text[start : start + 48] for start in range(0, 60 * count, 60)]
+        drafted: list[float] = []
+
+        def run(structured: Any, prompts: Any = prompts, drafted: Any = drafted) -> float:
+            engine = server.engine()
+            params = SamplingParams(temperature=0, max_tokens=96, structured=structured)
+            outputs, seconds = serve(engine, [(prompt, params) for prompt in prompts])
+            num_tokens = sum(len(output.token_ids) for output in outputs)
+            if structured:
+                drafted.append(engine.stats().num_accepted / num_tokens)
+            return seconds / num_tokens * 1e3
+
+        schema = StructuredOutput(json_schema=SCHEMA)
+        times = in_turns({"free": lambda: run(None), "schema": lambda: run(schema)})  # noqa: B023
+        rows.append(
+            {
+                "requests": str(count),
+                "free, ms per token": f"{times['free']:.2f}",
+                "with a schema": f"{times['schema']:.2f}",
+                "forced tokens": f"{statistics.median(drafted):.0%}",
+            }
+        )
+    return rows
+
+
 def waste(server: Server) -> list[Row]:
     """Slots of held pages without a token, on average over the steps of a mixed load."""
     random, text = np.random.default_rng(1), real_tokens()
@@ -305,6 +346,7 @@ CASES = {
     "shared prefix": shared_prefix,
     "speculation": speculation,
     "chunking": chunking,
+    "structure": structure,
     "page waste": waste,
     "swapping": swapping,
     "aborts": aborts,
