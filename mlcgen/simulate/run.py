@@ -9,6 +9,7 @@ from typing import Any
 
 from mlcgen.runtime.kv_cache import num_pages_for
 from mlcgen.runtime.options import EngineOptions
+from mlcgen.runtime.page_mover import SAVED_PER_PAGE
 from mlcgen.simulate.replay import Prefill, Server, replay
 from mlcgen.simulate.report import Summary, summarize
 from mlcgen.simulate.step_times import StepTimes
@@ -17,7 +18,6 @@ from mlcgen.simulate.trace import Arrival, Load, make_trace, read_trace
 __all__ = ["Case", "Options", "Simulation", "server_of", "simulate"]
 
 CONTEXT = 4096  # tokens of a sequence that there are pages for, where neither pages nor context are known
-SAVED_PER_PAGE = 8  # pages on the host for each of the device, at most, as in the engine
 
 
 @dataclass(frozen=True)
