@@ -53,6 +53,8 @@ def _check(target: Target, config: DecoderConfig, options: Options, plan: Mappin
     if target.head_dims and config.head_dim not in target.head_dims:
         have = ", ".join(map(str, target.head_dims))
         raise UnsupportedError(f"{target.name} has attention for heads of {have}, not of {config.head_dim}")
+    if config.head_dim % 16:
+        raise UnsupportedError(f"{target.name} has attention for heads of multiples of 16, not of {config.head_dim}")
     wide = next((name for name, source in plan.items() if source.fmt.dtype == "float32"), None)
     if wide is not None and not target.has_float32_weights:
         raise UnsupportedError(

@@ -162,3 +162,9 @@ def test_two_compiles_give_the_same_files(model: Path, output: Path) -> None:
         assert [entry["sha256"] for entry in first[kind]] == [entry["sha256"] for entry in second[kind]]
     assert first == second
     assert sorted(os.listdir(output.parent)) == ["again", "tiny"]
+
+
+def test_heads_that_no_kernel_takes(model: Path, output: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "head_dim": 12}))
+    check_fails(UnsupportedError, "multiples of 16, not of 12", model, output, random_weights=True)
