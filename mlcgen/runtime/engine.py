@@ -123,6 +123,7 @@ class Engine:
         if options.branches > 1 and drafter is not None and not executor.supports_trees:
             raise RequestError(f"branches={options.branches}: this artifact knows no trees; compile the model again")
         self._last_finish = 0.0  # of an iteration
+        self._is_moving = False  # pages, for an iteration that is about to begin
         self._changed: list[RequestOutput] = []  # for `step` to return
         self._started: _Started | None = None  # the iteration under way between two calls of `step`
 
@@ -264,7 +265,9 @@ class Engine:
                 self._finish(request, "error", self._outgrown_error(request))
         batch = list(filter(self._is_alive, step.batch))  # other beams of one that has outgrown are not
         with _concerning(batch):
+            self._is_moving = bool(step.transfers)
             self._mover.move(step.transfers)
+            self._is_moving = False
             return self._begin(batch, before) if batch else None
 
     def _move_windows(self) -> None:
@@ -341,8 +344,9 @@ class Engine:
 
     def _recover(self, started: "_Started | None") -> None:
         """After a failure: nothing is under way, and what counted as computed before it was is computed anew."""
-        if self._started is not None or (started is not None and started.is_advanced):
+        if self._is_moving or self._started is not None or (started is not None and started.is_advanced):
             self.scheduler.restart()
+        self._is_moving = False
         for each in (started, self._started):
             if each is not None and not each.is_finished:
                 with suppress(Exception):

@@ -59,7 +59,7 @@ class Speculation:
                 request.draft = Draft.chain(forced)
                 request.draft.is_forced = True
                 spare -= len(forced)
-            elif self.drafter is not None:
+            elif self.drafter is not None and request.search is None:
                 longest = min(self._max_draft, most // self._branches)
                 if longest > 0 and (length := request.acceptance.length(longest, cost)):
                     counts[request] = length

@@ -104,6 +104,14 @@ def test_more_beams_than_places_or_pages(max_batch: int, num_pages: int, prefix_
     assert outputs[2].token_ids == run_alone([requests[2]])[0]
 
 
+def test_nothing_is_guessed_for_beams() -> None:
+    repetitive = [5, 6, 7, 8] * 6
+    options = EngineOptions(speculation="ngram", branches=2)
+    outputs = run_beams([(repetitive, beams(9)), (repetitive, greedy(20))], options=options)
+    check(outputs[0], repetitive, beams(9))
+    assert outputs[0].metrics.num_drafted == 0
+
+
 def test_one_beam_is_greedy() -> None:
     assert run_beams([(PROMPTS[0], beams(20, beam_width=1))])[0].token_ids == run_alone([(PROMPTS[0], greedy(20))])[0]
 

@@ -198,6 +198,31 @@ def test_pages_are_saved_and_come_back() -> None:
     assert executor.num_steps < 100
 
 
+def test_a_failure_while_pages_are_saved_loses_none_of_what_they_hold() -> None:
+    requests = [(prompt_of(20, seed), greedy(30)) for seed in range(4)]
+    engine = make_engine(num_pages=24, options=EngineOptions(swap_bytes=1 << 20))
+    read, failures = engine.executor.read_page, []
+
+    def fails_once(page: int, to: np.ndarray) -> None:
+        if not failures:
+            failures.append(page)
+            raise OSError("no answer")
+        read(page, to)
+
+    engine.executor.read_page = fails_once  # type: ignore[method-assign]
+    outputs = [engine.add_request(str(i), *request, stream=False) for i, request in enumerate(requests)]
+    while engine.has_unfinished:
+        engine.step()
+    assert failures
+    errors = [output for output in outputs if output.error]
+    assert all("no answer" in str(output.error) for output in errors)
+    assert 0 < len(errors) < 4
+    expected = run_alone(requests)
+    for output, tokens in zip(outputs, expected, strict=True):
+        assert output.error or output.token_ids == tokens
+    assert engine.pool.num_free == engine.pool.num_pages
+
+
 def test_saved_pages_are_bit_exact(tmp_path: Path) -> None:
     contents = np.random.default_rng(0).integers(0, 256, (3, 5, 64), dtype=np.uint8)
     for file in (None, tmp_path / "swap"):
