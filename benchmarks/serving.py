@@ -50,7 +50,7 @@ class Server:
         self.loaded = load_engine(path, target, **sizes)
         if draft_model is not None:
             loaded = load_executor(draft_model, target, num_pages=256)
-            self._draft = loaded.executor, loaded.context_length
+            self._draft = loaded.executor, loaded.context_length, loaded.max_batch
 
     def engine(self, max_batch: int | None = None, **options: Any) -> Engine:
         loaded = self.loaded

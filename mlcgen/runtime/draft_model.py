@@ -11,7 +11,7 @@ import numpy.typing as npt
 from mlcgen import artifact
 from mlcgen.errors import ArtifactError
 from mlcgen.runtime.distribution import Distribution
-from mlcgen.runtime.draft import ROOT, Draft
+from mlcgen.runtime.draft import Draft
 from mlcgen.runtime.executor import Executor, Float32
 from mlcgen.runtime.kv_cache import PagePool, num_pages_for
 from mlcgen.runtime.request import Request
@@ -53,7 +53,7 @@ def load_drafter(
     files = model.tokenizer_path, large.tokenizer_path
     if files[0] and files[1] and files[0].read_bytes() != files[1].read_bytes():
         raise ArtifactError(f"draft model {path} has another tokenizer than the large one; choose one of its family")
-    return ModelDrafter(model.executor, model.context_length, branches, trust)
+    return ModelDrafter(model.executor, model.context_length, model.max_batch, branches, trust)
 
 
 class _Shadow(Sequence):
@@ -85,16 +85,25 @@ class ModelDrafter:
     as the two models agree; one with a seed gets the likeliest ones, which leaves its random numbers alone.
     """
 
-    def __init__(self, executor: Executor, context_length: int, branches: int = 1, trust: float | None = None) -> None:
-        """trust: as in EngineOptions."""
+    def __init__(
+        self,
+        executor: Executor,
+        context_length: int,
+        max_batch: int,
+        branches: int = 1,
+        trust: float | None = None,
+    ) -> None:
+        """context_length, max_batch: what the small model was compiled for. trust: as in EngineOptions."""
         self.token_seconds = 0.0
         self._trust = trust
         self._executor, self._context_length, self._branches = executor, context_length, branches
+        self._max_batch = max_batch
         self._pool = PagePool(executor.num_pages)
         self._shadows: dict[Request, _Shadow] = {}  # the one that was used longest ago first
 
     def propose(self, counts: Mapping[Request, int]) -> dict[Request, Draft]:
         """See Drafter.propose."""
+        counts = dict(list(counts.items())[: self._max_batch])
         left = {r: count for r, count in counts.items() if self._has_room(r, count, counts)}
         drafts = {request: self._shadows[request] for request in left}
         batch = dict(left)
@@ -202,6 +211,6 @@ def _draft(shadow: _Shadow, most: int) -> Draft:
     is_drawn = any(proposal.ids is None or len(proposal.ids) > 1 for proposal in shadow.proposals)
     draft = Draft.chain(guessed, shadow.proposals if is_drawn else ())
     for chance, node, token in sorted(shadow.leaves, reverse=True)[: most - len(draft)]:
-        if chance >= LEAST_CHANCE and node >= ROOT:
+        if chance >= LEAST_CHANCE:
             draft.add(node, token)
     return draft

@@ -83,7 +83,7 @@ def drafting_engine(options: dict[str, object], **sizes: int) -> Engine:
     if options["speculation"] == "model":
         small = NumpyExecutor(num_pages=20, page_size=16)
         small.head = small.head + 0.2 * np.random.default_rng(2).standard_normal(small.head.shape)
-        drafter = ModelDrafter(small, CONTEXT, options["branches"])  # type: ignore[arg-type]
+        drafter = ModelDrafter(small, CONTEXT, 8, options["branches"])  # type: ignore[arg-type]
         options = options | {"draft_model": Path("small")}
     return make_engine(options=EngineOptions(**options), drafter=drafter, **sizes)  # type: ignore[arg-type]
 
@@ -335,7 +335,7 @@ def test_a_trusted_draft_model_speaks_where_it_is_sure() -> None:
     texts = {}
     for trust in (1e-6, 0.8, 1.0):
         options = EngineOptions(speculation="model", draft_model=Path("small"), trust=trust)
-        engine = make_engine(options=options, drafter=ModelDrafter(small, CONTEXT, trust=trust))
+        engine = make_engine(options=options, drafter=ModelDrafter(small, CONTEXT, 8, trust=trust))
         texts[trust] = run(engine, [(prompt_of(9), greedy(50)), (prompt_of(9), greedy(50, logprobs=1))])
         assert engine.stats().num_accepted > 0 or trust == 1.0
     large, alone = run_alone([(prompt_of(9), greedy(50))])[0], [(prompt_of(9), greedy(50))]
@@ -355,10 +355,22 @@ def walk_of(executor: NumpyExecutor, prompt: list[int], count: int) -> list[int]
 def test_a_draft_model_that_is_short_of_pages_guesses_for_some() -> None:
     small = NumpyExecutor(num_pages=3, page_size=16)
     options = EngineOptions(speculation="model", draft_model=Path("small"))
-    engine = make_engine(options=options, drafter=ModelDrafter(small, context_length=60))
+    engine = make_engine(options=options, drafter=ModelDrafter(small, context_length=60, max_batch=2))
     requests = [(prompt_of(30, seed), greedy(40)) for seed in range(3)]
     assert [output.token_ids for output in run(engine, requests)] == run_alone(requests)
     assert 0 < engine.stats().num_accepted < 2 * 40
+
+
+@pytest.mark.usefixtures("cheap_guesses")
+def test_a_draft_model_of_small_batches() -> None:
+    small, sizes = NumpyExecutor(num_pages=100), []
+    step = small.step
+    small.step = lambda batch: sizes.append(len(batch.seq_lens)) or step(batch)  # type: ignore[method-assign,func-returns-value]
+    options = EngineOptions(speculation="model", draft_model=Path("small"))
+    engine = make_engine(options=options, drafter=ModelDrafter(small, CONTEXT, max_batch=2))
+    requests = [(prompt_of(10, seed), greedy(20)) for seed in range(5)]
+    assert [output.token_ids for output in run(engine, requests)] == run_alone(requests)
+    assert max(sizes) == 2
 
 
 @pytest.mark.usefixtures("cheap_guesses")
