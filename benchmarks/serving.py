@@ -253,9 +253,7 @@ SCHEMA = {
 def structure(server: Server) -> list[Row]:
     """What a JSON schema costs per token, forced tokens and masks together: 1 and 16 requests, with and without it."""
     rows, text = [], real_tokens()
-    engine = server.engine(
-        prefix_cache=False
-    )  # one for all: the first schema reads the vocabulary
+    engine = server.engine(prefix_cache=False)  # one for all: the first schema reads the vocabulary
     for count in (1, 16):
         prompts = [text[start : start + 48] for start in range(0, 60 * count, 60)]
         drafted: list[float] = []
