@@ -59,7 +59,7 @@ class Draft:
 
     @property
     def is_chain(self) -> bool:
-        return self.parents == list(range(ROOT, len(self.tokens) - 1))
+        return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
     @property
     def depths(self) -> list[int]:

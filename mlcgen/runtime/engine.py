@@ -3,9 +3,9 @@
 import heapq
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from mlcgen.errors import DeviceError, MlcgenError, RequestError
 from mlcgen.runtime.adapters import Adapter, Adapters
 from mlcgen.runtime.beam_search import BeamSearch
 from mlcgen.runtime.draft import ROOT, Draft
-from mlcgen.runtime.executor import Executor, SamplingExecutor, StepInput
+from mlcgen.runtime.executor import Executor, SamplingExecutor
 from mlcgen.runtime.host_sampling import HostSampling
+from mlcgen.runtime.iteration import Iteration, StepError, concerning
 from mlcgen.runtime.kv_cache import PagePool
 from mlcgen.runtime.lookahead import LookaheadDrafter
 from mlcgen.runtime.ngram import NgramDrafter
@@ -33,38 +34,6 @@ from mlcgen.runtime.tokenizer import Tokenizer
 __all__ = ["Engine", "Prompt"]
 
 PRIORITY_SECONDS = 60.0  # a level of priority is worth so much waiting
-
-
-@dataclass
-class _Started:
-    """An iteration that the executor works on."""
-
-    batch: list[Request]
-    ready: list[Request]  # those whose next token it samples
-    input: StepInput
-    sampling: SamplingExecutor | HostSampling  # who samples
-    rows: list[int]  # the first row of logits of each that is ready; its drafts have the next ones
-    drafts: dict[Request, Draft]
-    begun: float
-    is_decode: bool  # of all of them
-    is_finished: bool = False  # whether the executor has nothing more to do for it
-    is_advanced: bool = False  # whether they count as computed and sampled
-
-
-class _StepError(Exception):
-    """The executor failed; its cause says how."""
-
-    def __init__(self, batch: list[Request]) -> None:
-        self.batch = batch
-
-
-@contextmanager
-def _concerning(batch: list[Request]) -> Iterator[None]:
-    """An exception in here is one of the executor, with these requests."""
-    try:
-        yield
-    except Exception as error:
-        raise _StepError(batch) from error
 
 
 class Engine:
@@ -125,7 +94,7 @@ class Engine:
         self._last_finish = 0.0  # of an iteration
         self._is_moving = False  # pages, for an iteration that is about to begin
         self._changed: list[RequestOutput] = []  # for `step` to return
-        self._started: _Started | None = None  # the iteration under way between two calls of `step`
+        self._started: Iteration | None = None  # the iteration under way between two calls of `step`
 
     def add_request(
         self,
@@ -239,7 +208,7 @@ class Engine:
             if self._started is not None and not any(map(self._is_alive, self._started.batch)):
                 self._started.sampling.finish()  # nobody waits for it
                 self._started = None
-        except _StepError as failure:
+        except StepError as failure:
             self._recover(started)
             self._fail(failure)
         except BaseException:
@@ -248,7 +217,7 @@ class Engine:
         changed, self._changed = self._changed, []
         return changed
 
-    def _start(self, before: "_Started | None") -> "_Started | None":
+    def _start(self, before: Iteration | None) -> Iteration | None:
         """Schedule and begin an iteration, `before` being under way; None if there is nothing to do."""
         if before is not None:
             self._advance(before)
@@ -264,7 +233,7 @@ class Engine:
             if self._is_alive(request):
                 self._finish(request, "error", self._outgrown_error(request))
         batch = list(filter(self._is_alive, step.batch))  # other beams of one that has outgrown are not
-        with _concerning(batch):
+        with concerning(batch):
             self._is_moving = bool(step.transfers)
             self._mover.move(step.transfers)
             self._is_moving = False
@@ -281,7 +250,7 @@ class Engine:
                 self.scheduler.restart_one(request)
                 request.move_window(request.tokens[:sinks] + request.tokens[-last:])
 
-    def _begin(self, batch: list[Request], before: "_Started | None") -> "_Started":
+    def _begin(self, batch: list[Request], before: Iteration | None) -> Iteration:
         """Have the executor start the batch."""
         _mark_scheduled(batch)
         ready = [request for request in batch if request.reaches_end]  # in the order of the logit rows
@@ -290,7 +259,7 @@ class Engine:
         drafts = {request: request.draft for request in ready if request.draft}
         samplers = [request.sampler for request in ready]
         is_decode = all(request.is_decoding for request in batch)
-        started = _Started(batch, ready, batch_input, self._sampling, rows, drafts, time.perf_counter(), is_decode)
+        started = Iteration(batch, ready, batch_input, self._sampling, rows, drafts, time.perf_counter(), is_decode)
         if not drafts:
             self._sampling.start(batch_input, samplers, sampled_rows)
         elif all(sampler.is_argmax and sampler.params.logprobs is None for sampler in samplers):
@@ -301,7 +270,7 @@ class Engine:
             self._host_sampling.start_drafts(batch_input, samplers, [request.draft for request in ready])
         return started
 
-    def _can_look_ahead(self, started: "_Started") -> bool:
+    def _can_look_ahead(self, started: Iteration) -> bool:
         """Whether the next iteration needs nothing of this one but the tokens that it samples."""
         if self.options.window is not None and any(r.num_tokens + 1 >= self._limit for r in started.batch):
             return False
@@ -315,7 +284,7 @@ class Engine:
             return False
         return bool(started.ready) and self._sampling.looks_ahead([request.sampler for request in started.ready])
 
-    def _advance(self, started: "_Started") -> None:
+    def _advance(self, started: Iteration) -> None:
         """Count what a started iteration computes and samples as there."""
         self.scheduler.advance(started.batch)
         for request in started.ready:
@@ -323,9 +292,9 @@ class Engine:
             request.is_ending = request.num_tokens - request.num_before >= request.max_tokens
         started.is_advanced = True
 
-    def _complete(self, started: "_Started") -> None:
+    def _complete(self, started: Iteration) -> None:
         started.is_finished = True
-        with _concerning(started.batch):
+        with concerning(started.batch):
             sampled = started.sampling.finish()
         now = time.perf_counter()
         self._measure(started, now - max(started.begun, self._last_finish))  # the device did the one before first
@@ -335,14 +304,14 @@ class Engine:
         self._stats.num_steps += 1
         self._append(started, sampled)
 
-    def _measure(self, started: "_Started", seconds: float) -> None:
+    def _measure(self, started: Iteration, seconds: float) -> None:
         num_tokens = len(started.input.input_ids)
         if started.is_decode:
             self._speculation.measured(num_tokens, seconds)
         else:
             self._mover.rates.computed(num_tokens, seconds)
 
-    def _recover(self, started: "_Started | None") -> None:
+    def _recover(self, started: Iteration | None) -> None:
         """After a failure: nothing is under way, and what counted as computed before it was is computed anew."""
         if self._is_moving or self._started is not None or (started is not None and started.is_advanced):
             self.scheduler.restart()
@@ -356,7 +325,7 @@ class Engine:
             for request in requests:
                 request.num_tokens, request.is_ending = len(request.tokens), False
 
-    def _fail(self, failure: _StepError) -> None:
+    def _fail(self, failure: StepError) -> None:
         error = DeviceError(f"the device failed in the step that had this request: {failure.__cause__}")
         error.__cause__ = failure.__cause__
         for request in failure.batch:
@@ -366,7 +335,7 @@ class Engine:
     def _is_alive(self, request: Request) -> bool:
         return request.completion.finish_reason is None
 
-    def _append(self, started: _Started, sampled: Sampled) -> None:
+    def _append(self, started: Iteration, sampled: Sampled) -> None:
         """A token for each request that is still there, and those of its draft that were right."""
         now = time.monotonic()
         for request, row in zip(started.ready, started.rows, strict=True):
@@ -400,7 +369,7 @@ class Engine:
             in_place = next((i for i, node in enumerate(right) if node != i), len(right))
             self.scheduler.accept(request, in_place)
 
-    def _append_row(self, started: _Started, request: Request, sampled: Sampled, row: int, now: float) -> bool:
+    def _append_row(self, started: Iteration, request: Request, sampled: Sampled, row: int, now: float) -> bool:
         """The token of a row of logits. Whether the request goes on."""
         if request.sampler.error is not None:
             self._finish(request, "error", request.sampler.error)
@@ -410,7 +379,9 @@ class Engine:
             self._finish(request, "error", self._not_finite_error(started, request))
         return self._is_alive(request)
 
-    def _extend_beam(self, started: _Started, request: Request, search: BeamSearch, sampled: Sampled, row: int) -> None:
+    def _extend_beam(
+        self, started: Iteration, request: Request, search: BeamSearch, sampled: Sampled, row: int
+    ) -> None:
         logprobs = sampled.logprobs[row]
         if not math.isfinite(sampled.maxima[row]) or logprobs is None:
             return self._finish(request, "error", self._not_finite_error(started, request))
@@ -511,7 +482,7 @@ class Engine:
             output.metrics.num_tokens = sum(len(each.token_ids) for each in output.outputs)
             self._changed.append(output)
 
-    def _not_finite_error(self, started: _Started, request: Request) -> RequestError:
+    def _not_finite_error(self, started: Iteration, request: Request) -> RequestError:
         if self.options.check_numerics:
             where = self.executor.first_not_finite(started.input)
             more = f"; the first such numbers come from {where}" if where else ", but not when the step ran again"

@@ -1,5 +1,6 @@
 """Layers of weights in the host's memory, in the order of bytes that a device's kernels read."""
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -39,7 +40,7 @@ def host_layers(
     return kind(device, specs, weights, layers)
 
 
-class HostLayers:
+class HostLayers(ABC):
     """What both kinds have in common: how the weights of a layer lie in its block of memory."""
 
     def __init__(
@@ -54,9 +55,9 @@ class HostLayers:
         self._threads = ThreadPoolExecutor(usable_cores())
         self.slot_bytes = max(self._layer_bytes(layer) for layer in range(len(layers)))
 
+    @abstractmethod
     def take(self, layer: int, done: Any) -> Uint8:
         """The layer in pinned memory, which stays as it is until the fence `done` is passed, reached after the call."""
-        raise NotImplementedError
 
     def offsets(self, layer: int) -> dict[str, int]:
         """Byte of the block where each weight begins."""

@@ -50,7 +50,8 @@ class Speculation:
         counts: dict[Request, int] = {}
         cost = self._cost_of_another(len(decoding))
         for request in decoding:
-            request.draft = Draft()
+            if request.draft:
+                request.draft = Draft()
             # The last token that is generated needs no keys and values, and is not guessed either.
             room = min(request.num_wanted, self._limit - request.num_tokens) - 1
             most = min(spare, room, MAX_TREE - 1 - request.num_behind)

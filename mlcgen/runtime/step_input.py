@@ -24,7 +24,7 @@ def step_input(batch: Sequence[S], rows: Mapping[S, int], page_size: int) -> tup
     sampled_rows: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    masks: list[int] = []
+    masks: dict[int, int] = {}  # by row
     logit_rows: list[int] = []
     first_rows: list[int] = []
     query_start = [0]
@@ -40,12 +40,11 @@ def step_input(batch: Sequence[S], rows: Mapping[S, int], page_size: int) -> tup
                 sampled_rows.append(rows[sequence])
         if draft.is_chain:
             positions += span
-            masks += [0] * len(span)
         else:
             num_known = len(span) - len(draft)
+            masks.update(enumerate(draft.masks(num_known), len(positions)))
             positions += span[:num_known]
             positions += [sequence.num_tokens - 1 + depth for depth in draft.depths]
-            masks += draft.masks(num_known)
         slots += sequence.table.slots(span, page_size)
         query_start.append(len(positions))
         if sequence.reaches_end:
@@ -59,10 +58,17 @@ def step_input(batch: Sequence[S], rows: Mapping[S, int], page_size: int) -> tup
         seq_lens=np.array([sequence.num_computed + sequence.num_scheduled for sequence in batch], np.int32),
         query_start=np.array(query_start, np.int32),
         logit_rows=np.array(logit_rows, np.int32),
-        tree_masks=np.array(masks, np.uint32).view(np.int32) if any(masks) else None,
+        tree_masks=_tree_masks(masks, len(positions)) if masks else None,
     )
     if any(sequence.adapter_slot >= 0 for sequence in batch):
         slots_of = [sequence.adapter_slot for sequence in batch]
         adapter_slots = np.repeat(np.array(slots_of, np.int32), np.diff(batch_input.query_start))
         batch_input = AdaptedStepInput(**vars(batch_input), adapter_slots=adapter_slots)
     return batch_input, np.array(sampled_rows, np.int32) if rows else None, first_rows
+
+
+def _tree_masks(masks: Mapping[int, int], num_tokens: int) -> Int32:
+    """(tokens,), 0 for rows that have none."""
+    words = np.zeros(num_tokens, np.uint32)
+    words[list(masks)] = list(masks.values())
+    return words.view(np.int32)
