@@ -35,7 +35,8 @@ FULL = {
     ("attention_prefill_.*_4_2_64$", "sm_90"): (255, 16),
     ("attention_prefill_.*_4_2_64$", "sm_100"): (255, 32),
     ("attention_prefill_.*_8_1_128$", "sm_100"): (255, 44),
-    ("attention_prefill_.*_trees$", "sm_"): (255, 4),
+    ("attention_prefill_.*_4_2_128_trees$", "sm_"): (255, 0),
+    ("attention_prefill_.*_8_1_128_trees$", "sm_100"): (255, 4),
     ("linear_f16_.*_64$", "sm_100"): (255, 0),
 }
 
