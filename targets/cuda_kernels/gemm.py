@@ -1,7 +1,7 @@
 """Products of any number of tokens on Hopper's tensor cores (gemm_wgmma.cuh): tilings, and what a launch needs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlcgen.formats import WeightFormat
@@ -12,6 +12,7 @@ from mlcgen.targets.device_kernel import ceildiv, times
 from .code import C_TYPES, MULTIPROCESSORS, cpp
 
 BLOCK_K = 64
+SHARED_BYTES, RESERVED_BYTES = 227 * 1024, 1024  # of a multiprocessor; by each block beside its own
 SWIZZLE_128, NO_SWIZZLE = 3, 0  # CUtensorMapSwizzle
 
 
@@ -24,10 +25,18 @@ class Tiling:
     share: int
     split: int
     stages: int
+    depth: int = 1
+    is_q4: bool = False
+    blocks: int = 1  # at once on a multiprocessor
 
     @property
     def threads(self) -> int:
-        return 128 * (self.consumers + 1) if self.tokens > 192 else 128 * self.consumers + 32
+        return 128 * self.consumers + (128 if self.tokens > 192 or self.is_q4 else 32)
+
+    @property
+    def part(self) -> int:
+        """Tokens whose sums one of the blocks that split k adds up."""
+        return self.tokens if self.split == 1 else max(8, 1 << (-(-self.tokens // self.split) - 1).bit_length())
 
     def features(self, is_gated: bool) -> int:
         """Of a block."""
@@ -37,20 +46,20 @@ class Tiling:
         cluster = self.share * self.split
         per_worker = -(-features // (self.features(is_gated) * self.share))
         tiles = times(per_worker, ceildiv("n", self.tokens))
-        return times(["min", MULTIPROCESSORS["sm_90"] // cluster, tiles], cluster)
+        return times(["min", self.blocks * MULTIPROCESSORS["sm_90"] // cluster, tiles], cluster)
 
-    def shared(self, out_bytes: int, is_gated: bool, is_q4: bool) -> int:
+    def shared(self, out_bytes: int, is_gated: bool) -> int:
         """Bytes: the ring of stages, the slabs that results are stored through, sums of other blocks, barriers."""
-        weights = self.consumers * (2304 if is_q4 else 8192)
-        stage = -(-(self.tokens * 128 + weights) // 1024) * 1024
-        part = self.tokens // self.split
+        weights = self.consumers * (2304 if self.is_q4 else 8192)
+        stage = -(-self.depth * (self.tokens * 128 + weights) // 1024) * 1024
+        part = self.part
         if self.tokens == 256 and out_bytes == 2:
             slab = 64
         else:
             slab = 32 if self.tokens >= 128 and self.split == 1 else min(part, 16)
         slabs = self.consumers * 2 * slab * (32 if is_gated else 64) * out_bytes
         inbox = self.consumers * (self.split - 1) * part * 256
-        return self.stages * stage + slabs + inbox + 16 * (self.stages + self.consumers)
+        return self.stages * stage + slabs + inbox + 24 * self.stages + 16 * self.consumers
 
 
 def dense_tilings(rows: int) -> list[tuple[int, Tiling]]:
@@ -68,9 +77,55 @@ def dense_tilings(rows: int) -> list[tuple[int, Tiling]]:
     ]
 
 
-def q4_tilings(rows: int) -> list[tuple[int, Tiling]]:
-    few = Tiling(64, 2, 1, 2, 10) if rows <= 8192 else Tiling(64, 2, 1, 1, 10)
-    return [(64, few), (128, Tiling(128, 2, 1, 1, 8)), (0, Tiling(256, 2, 1, 1, 5))]
+# Clusters are scheduled as a whole, so a few multiprocessors stay without one: blocks that all run at once, measured on
+# an H100, by how many a multiprocessor has room for.
+_ONE_WAVE = {1: 112, 2: 200}
+_MOST_SPLIT, _MOST_STAGES = 6, 16
+
+
+def q4_tilings(spec: Linear, out_bytes: int) -> list[tuple[int, Tiling]]:
+    """Likewise. Up to 64 tokens weights must come as fast as memory gives them: all multiprocessors have blocks, which
+    split k where rows are few."""
+    few = [_q4_tiling(spec, out_bytes, 16, consumers=2, depth=2, blocks=2)]
+    for tokens in (32, 48, 64):
+        each = [_q4_tiling(spec, out_bytes, tokens, consumers, depth=2) for consumers in (4, 3)]
+        few.append(max(each, key=lambda tiling: _blocks_of_a_wave(spec, tiling)))
+    many = _q4_tiling(spec, out_bytes, 128, consumers=3)
+    if not _blocks_of_a_wave(spec, many):
+        many = _q4_tiling(spec, out_bytes, 128, consumers=2, depth=2)
+    last = _q4_tiling(spec, out_bytes, 256, consumers=2, split=1)
+    return [*((tiling.tokens, tiling) for tiling in (*few, many)), (0, last)]
+
+
+def _q4_tiling(
+    spec: Linear,
+    out_bytes: int,
+    tokens: int,
+    consumers: int,
+    depth: int = 1,
+    blocks: int = 1,
+    split: int = _MOST_SPLIT,
+) -> Tiling:
+    """With k split as far as all blocks still run at once, and as many stages as there is shared memory for."""
+    tiling = Tiling(tokens, consumers, 1, 1, 1, depth, is_q4=True, blocks=blocks)
+    steps = -(-spec.in_features // (BLOCK_K * depth))
+    most = min(split, steps, _ONE_WAVE[blocks] // _row_tiles(spec, tiling))
+    splits = (replace(tiling, split=split) for split in range(max(most, 1), 0, -1))
+    tiling = next(each for each in splits if tokens % each.part == 0)
+    room = SHARED_BYTES // blocks - (RESERVED_BYTES if blocks > 1 else 0)
+    fitting = (replace(tiling, stages=stages) for stages in range(_MOST_STAGES, 0, -1))
+    return next(t for t in fitting if t.shared(out_bytes, spec.gates_result) <= room)
+
+
+def _row_tiles(spec: Linear, tiling: Tiling) -> int:
+    features = spec.out_features // 2 if spec.gates_result else spec.out_features
+    return -(-features // tiling.features(spec.gates_result))
+
+
+def _blocks_of_a_wave(spec: Linear, tiling: Tiling) -> int:
+    """Of a product whose tokens fit the tile; 0 where one wave is not enough."""
+    blocks = _row_tiles(spec, tiling) * tiling.split
+    return blocks if blocks <= _ONE_WAVE[tiling.blocks] else 0
 
 
 def _by_rows(rows: int, few: Tiling, some: Tiling, many: Tiling) -> Tiling:
@@ -87,13 +142,14 @@ def is_q4(fmt: WeightFormat) -> bool:
     return fmt.bits == 4 and fmt.group == 32 and not fmt.has_minimum
 
 
-def signature(tiling: Tiling, spec: Linear, operand: str, out: str, q4: bool) -> tuple[str, list[str], str]:
+def signature(tiling: Tiling, spec: Linear, operand: str, out: str) -> tuple[str, list[str], str]:
     """(what stands before the name, parameters, body) of a kernel."""
-    gated = spec.gates_result
-    numbers = (tiling.tokens, tiling.consumers, tiling.share, tiling.split, tiling.stages)
+    gated, q4 = spec.gates_result, tiling.is_q4
+    numbers = (tiling.tokens, tiling.consumers, tiling.share, tiling.split, tiling.depth, tiling.stages)
     tile = f"gemm::Tiling<gemm::Weights::{'Q4' if q4 else 'DENSE'}, {', '.join(map(str, numbers))}, {cpp(gated)}>"
     has_residual = spec.has_residual and out != "float32"
-    before = f"__cluster_dims__({tiling.share * tiling.split}, 1, 1) __launch_bounds__({tiling.threads}, 1)"
+    bounds = f"__launch_bounds__({tiling.threads}, {tiling.blocks})"
+    before = f"__cluster_dims__({tiling.share * tiling.split}, 1, 1) {bounds}"
     maps = ["codes", "scales", "x"] if q4 else ["w", "x"]
     params = [f"const __grid_constant__ TensorMap {name}" for name in maps]
     params += ["const float* bias", "const float* residual", f"{C_TYPES[out]}* out", "int n"]
@@ -119,9 +175,10 @@ def q4_maps(tiling: Tiling, spec: Linear, codes: list[Any], scales: list[Any]) -
     k, parts = spec.in_features, 2 if spec.gates_result else 1
     n = spec.out_features // parts
     tiles = tiling.consumers * 4 // parts
+    words, groups = (128 * tiling.depth, parts, tiles), (32 * tiling.depth, parts, tiles)
     return [
-        tensor_map(codes, "uint32", (2 * k, parts, n // 16), (n // 2 * k, 8 * k), (128, parts, tiles), NO_SWIZZLE),
-        tensor_map(scales, "float16", (k // 2, parts, n // 16), (n // 16 * k, k), (32, parts, tiles), NO_SWIZZLE),
+        tensor_map(codes, "uint32", (2 * k, parts, n // 16), (n // 2 * k, 8 * k), words, NO_SWIZZLE),
+        tensor_map(scales, "float16", (k // 2, parts, n // 16), (n // 16 * k, k), groups, NO_SWIZZLE),
     ]
 
 

@@ -17,30 +17,46 @@ constexpr int TILE_ROWS = 16, GROUP = 32;                     // GROUP columns s
 constexpr int TILE_CODES = TILE_ROWS * BLOCK_K / 2;           // bytes for BLOCK_K columns: [octet][row][4]
 constexpr int TILE_SCALES = TILE_ROWS * BLOCK_K / GROUP * 2;  // bytes: [group][row]
 
+// Tokens whose sums one of `split` blocks adds up: a power of two, from 8 on.
+constexpr int part_tokens(int tokens, int split) {
+  int part = 8;
+  while (split > 1 && part * split < tokens) part *= 2;
+  return split > 1 ? part : tokens;
+}
+
 // How a kernel cuts the product, and the sizes that follow.
 // GATED: rows of W alternate, 8 of a gate and 8 of the matching up projection; 16 rows make 8 features.
-template <Weights WEIGHTS_, int TOKENS_, int CONSUMERS_, int SHARE_, int SPLIT_, int STAGES_, bool GATED_>
+template <Weights WEIGHTS_, int TOKENS_, int CONSUMERS_, int SHARE_, int SPLIT_, int DEPTH_, int STAGES_, bool GATED_>
 struct Tiling {
   static constexpr int TOKENS = TOKENS_, CONSUMERS = CONSUMERS_, SHARE = SHARE_, SPLIT = SPLIT_, STAGES = STAGES_;
+  static constexpr int DEPTH = DEPTH_;                                   // blocks of BLOCK_K columns of a step
   static constexpr int CLUSTER = SHARE * SPLIT;
   static constexpr bool GATED = GATED_;
   static constexpr Weights WEIGHTS = WEIGHTS_;
   static constexpr int SUMS = TOKENS / 2;                                // f32 accumulators of a consumer thread
-  static constexpr bool MOVES_REGISTERS = SUMS > 96;                     // from a whole warp group of producers
-  static constexpr int CONSUMER_REGISTERS = 232, PRODUCER_REGISTERS = 40;
-  static constexpr int THREADS = (CONSUMERS + 1) * WARP_GROUP - (MOVES_REGISTERS ? 0 : WARP_GROUP - WARP);
+  static constexpr bool REORDERS = WEIGHTS == Weights::Q4 && TOKENS <= 128;  // x, by three warps beside the producer
+  // From a whole warp group of producers to consumers; a thread of each warp group shares 512 registers.
+  static constexpr bool MOVES_REGISTERS = SUMS > 96 || (REORDERS && SUMS > 32);
+  static constexpr int PRODUCER_REGISTERS = REORDERS ? 56 : 40;
+  static constexpr int CONSUMER_REGISTERS = (512 - PRODUCER_REGISTERS) / CONSUMERS / 8 * 8;
+  static constexpr int REORDERING = WARP_GROUP - WARP;                   // threads of these
+  static constexpr int THREADS = CONSUMERS * WARP_GROUP + (MOVES_REGISTERS || REORDERS ? WARP_GROUP : WARP);
   static constexpr int GROUP_FEATURES = GATED ? GROUP_ROWS / 2 : GROUP_ROWS;
   static constexpr int FEATURES = CONSUMERS * GROUP_FEATURES;            // of a block
   static constexpr int SHARED_TOKENS = TOKENS / SHARE;                   // that one block copies for those that share
   static constexpr int TILES = CONSUMERS * GROUP_ROWS / TILE_ROWS;       // of quantized rows
   static constexpr int W_BYTES =
-      WEIGHTS == Weights::Q4 ? TILES * (TILE_CODES + TILE_SCALES) : CONSUMERS * GROUP_ROWS * ROW_BYTES;
-  static constexpr int X_BYTES = TOKENS * ROW_BYTES;
+      DEPTH * (WEIGHTS == Weights::Q4 ? TILES * (TILE_CODES + TILE_SCALES) : CONSUMERS * GROUP_ROWS * ROW_BYTES);
+  static constexpr int X_BYTES = DEPTH * TOKENS * ROW_BYTES;
   static constexpr int STAGE_BYTES = (X_BYTES + W_BYTES + 1023) / 1024 * 1024;
-  static constexpr int PART_TOKENS = TOKENS / SPLIT;                     // that a block of those that split k stores
-  static constexpr int PART_SUMS = SUMS / SPLIT;
+  static constexpr int PART_TOKENS = part_tokens(TOKENS, SPLIT);         // that a block of those that split k stores,
+  static constexpr int RECEIVERS = TOKENS / PART_TOKENS;                 // the first so many of them
+  static constexpr int PART_SUMS = PART_TOKENS / 2;
   static constexpr int PART_BYTES = PART_SUMS * WARP_GROUP * sizeof(float);
-  static_assert(PART_TOKENS % 8 == 0 && SHARED_TOKENS % 8 == 0);
+  static_assert(TOKENS % PART_TOKENS == 0 && SHARED_TOKENS % 8 == 0 && (DEPTH == 1 || REORDERS));
+
+  // Other blocks that block `part` sends sums to.
+  DEVICE static int receivers(int part) { return RECEIVERS - (part < RECEIVERS); }
 };
 
 // ---- Which products a worker computes ------------------------------------------------------------------------------
@@ -54,7 +70,7 @@ struct Schedule {
   int feature_tiles, token_tiles, near;
   int tile, workers;   // the worker's next tile
   int part;            // of those blocks of the cluster that split k
-  int k_begin, k_end;  // steps of BLOCK_K values that this block computes of each tile
+  int k_begin, k_end;  // steps that this block computes of each tile
 
   DEVICE Schedule(int feature_tiles, int token_tiles, int near, int k_steps, int worker, int workers, int part,
                   int parts)
@@ -97,13 +113,13 @@ template <class Tile, class Staged> struct SharedMemory {
   static constexpr int SLABS_AT = Tile::STAGES * Tile::STAGE_BYTES;
   static constexpr int INBOX_AT = SLABS_AT + Tile::CONSUMERS * 2 * SLAB_BYTES;
   static constexpr int BARRIERS_AT = INBOX_AT + Tile::CONSUMERS * (Tile::SPLIT - 1) * Tile::PART_BYTES;
-  static constexpr int BYTES = BARRIERS_AT + (2 * Tile::STAGES + 2 * Tile::CONSUMERS) * sizeof(u64);
+  static constexpr int BYTES = BARRIERS_AT + (3 * Tile::STAGES + 2 * Tile::CONSUMERS) * sizeof(u64);
 
   unsigned char* base;
 
   DEVICE unsigned char* x(int stage) const { return base + stage * Tile::STAGE_BYTES; }
   DEVICE unsigned char* w(int stage) const { return x(stage) + Tile::X_BYTES; }
-  DEVICE unsigned char* scales(int stage) const { return w(stage) + Tile::TILES * TILE_CODES; }
+  DEVICE unsigned char* scales(int stage) const { return w(stage) + Tile::DEPTH * Tile::TILES * TILE_CODES; }
   DEVICE Staged* slab(int consumer, int which) const {
     return reinterpret_cast<Staged*>(base + SLABS_AT + (2 * consumer + which) * SLAB_BYTES);
   }
@@ -114,18 +130,20 @@ template <class Tile, class Staged> struct SharedMemory {
   }
   DEVICE u64* full(int stage) const { return reinterpret_cast<u64*>(base + BARRIERS_AT) + stage; }
   DEVICE u64* empty(int stage) const { return full(Tile::STAGES + stage); }
-  DEVICE u64* inbox_full(int consumer) const { return full(2 * Tile::STAGES + consumer); }
-  DEVICE u64* inbox_read(int consumer) const { return full(2 * Tile::STAGES + Tile::CONSUMERS + consumer); }
+  DEVICE u64* reordered(int stage) const { return full(2 * Tile::STAGES + stage); }
+  DEVICE u64* inbox_full(int consumer) const { return full(3 * Tile::STAGES + consumer); }
+  DEVICE u64* inbox_read(int consumer) const { return full(3 * Tile::STAGES + Tile::CONSUMERS + consumer); }
 
-  DEVICE void init_barriers() const {
+  DEVICE void init_barriers(int part) const {
     constexpr int READERS = Tile::SHARE * Tile::CONSUMERS * (WARP_GROUP / WARP);
     for (int s = 0; s < Tile::STAGES; s++) {
       init_barrier(full(s), 1);
       init_barrier(empty(s), READERS);
+      if (Tile::REORDERS) init_barrier(reordered(s), Tile::REORDERING / WARP);
     }
     for (int c = 0; Tile::SPLIT > 1 && c < Tile::CONSUMERS; c++) {
       init_barrier(inbox_full(c), 1);
-      init_barrier(inbox_read(c), (Tile::SPLIT - 1) * WARP_GROUP);
+      init_barrier(inbox_read(c), max(1, Tile::receivers(part)) * WARP_GROUP);
     }
     publish_barriers();
   }
@@ -168,8 +186,9 @@ DEVICE void load_w(const Shared& shared, const Maps& maps, const Cursor& c, int 
   int feature = (c.at.features * Tile::SHARE + sharer) * Tile::FEATURES;
   arrive_expecting(full, Tile::W_BYTES + Tile::X_BYTES);
   if constexpr (Tile::WEIGHTS == Weights::Q4) {  // 32-bit words of codes, 16-bit scales
-    load_box(shared.w(stage), maps.w, full, policy, c.k * (TILE_CODES / 4), 0, feature / TILE_ROWS);
-    load_box(shared.scales(stage), maps.scales, full, policy, c.k * (TILE_SCALES / 2), 0, feature / TILE_ROWS);
+    int tile = feature / TILE_ROWS, block = c.k * Tile::DEPTH;
+    load_box(shared.w(stage), maps.w, full, policy, block * (TILE_CODES / 4), 0, tile);
+    load_box(shared.scales(stage), maps.scales, full, policy, block * (TILE_SCALES / 2), 0, tile);
   } else if constexpr (Tile::GATED) {
     load_box(shared.w(stage), maps.w, full, policy, c.k * BLOCK_K, 0, 0, feature / 8);
   } else {
@@ -181,11 +200,15 @@ template <class Tile, class Shared>
 DEVICE void load_x(const Shared& shared, const Maps& maps, const Cursor& c, int sharer, int stage) {
   int token = c.at.tokens * Tile::TOKENS + sharer * Tile::SHARED_TOKENS;
   unsigned char* to = shared.x(stage) + sharer * Tile::SHARED_TOKENS * ROW_BYTES;
-  if constexpr (Tile::SHARE == 1) {
-    load_box(to, maps.x, shared.full(stage), drop_last(), c.k * BLOCK_K, token);
-  } else {
-    int sharers = ((1 << Tile::SHARE) - 1) << (c.schedule.part * Tile::SHARE);
-    load_box_to_all(to, maps.x, shared.full(stage), drop_last(), c.k * BLOCK_K, token, sharers);
+#pragma unroll
+  for (int d = 0; d < Tile::DEPTH; d++, to += Tile::TOKENS * ROW_BYTES) {
+    int column = (c.k * Tile::DEPTH + d) * BLOCK_K;
+    if constexpr (Tile::SHARE == 1) {
+      load_box(to, maps.x, shared.full(stage), drop_last(), column, token);
+    } else {
+      int sharers = ((1 << Tile::SHARE) - 1) << (c.schedule.part * Tile::SHARE);
+      load_box_to_all(to, maps.x, shared.full(stage), drop_last(), column, token, sharers);
+    }
   }
 }
 

@@ -2,14 +2,16 @@
 //
 // The product is computed transposed: a tile of W (64 features for each consumer warp group) is the left operand of
 // wgmma and a tile of x (TOKENS tokens) the right one, so that few tokens need only a narrow product. One producer
-// warp copies both tiles, 64 values along k at a time, into a ring of STAGES buffers; the consumers multiply.
+// warp copies both tiles, DEPTH blocks of 64 values along k at a time, into a ring of STAGES buffers; the consumers
+// multiply.
 //
-//   full[s]   the copies into buffer s have arrived         producer (and TMA) -> consumers
-//   empty[s]  every warp that reads buffer s is done with it  consumers -> producer
+//   full[s]       the copies into buffer s have arrived           producer (and TMA) -> consumers
+//   reordered[s]  x there has the order of columns that codes have  other warps of the producer's group -> consumers
+//   empty[s]      every warp that reads buffer s is done with it  consumers -> producer
 //
 // A worker is a cluster of SHARE x SPLIT blocks. SHARE blocks have neighbouring features and share a tile of x: each
 // copies a part of it to all of them. SPLIT blocks have the same features and share k; each adds up the sums of a part
-// of the tokens.
+// of the tokens, or where these are few the first blocks do.
 #pragma once
 #include "gemm_tiles.cuh"
 
@@ -51,45 +53,64 @@ DEVICE void multiply(float (&sums)[Tile::SUMS], const Shared& shared, Ring<Tile:
   release<Tile>(shared, before, part);
 }
 
-// Where this lane finds the codes and scales of its rows and columns of a fragment: row g and 8 further, columns 2t and
-// 2t + 1 of an octet, whose bytes hold columns j (low nibble) and j + 4.
+// Where this lane finds codes and scales of its rows: row g and 8 further, and of these an octet of columns in a word.
+// Fragments want columns 2t and 2t + 1 of each octet; where x is reordered, a lane takes all of every fourth octet.
 template <class Tile> struct CodePlace {
   // Gated, two warps share a tile of the gate and the next tile, of the up projection.
-  static constexpr int HIGH_CODES = Tile::GATED ? TILE_CODES : 8 * 4, HIGH_SCALES = Tile::GATED ? TILE_SCALES : 8 * 2;
+  static constexpr int HIGH_CODES = Tile::GATED ? Tile::DEPTH * TILE_CODES : 8 * 4;
+  static constexpr int HIGH_SCALES = Tile::GATED ? Tile::DEPTH * TILE_SCALES : 8 * 2;
   int codes, scales;  // bytes to the lower row, from which the other is HIGH_CODES and HIGH_SCALES further
-  u32 shift;          // to the nibble
-  u32 selector;       // of the two bytes, with the byte that makes them floating-point numbers
+  int t = threadIdx.x % 4;
 
   DEVICE CodePlace() {
-    int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4;
     int tile = Tile::GATED ? warp / 2 * 2 : warp, row = Tile::GATED ? warp % 2 * 8 + g : g;
-    codes = tile * TILE_CODES + row * 4;
-    scales = tile * TILE_SCALES + row * 2;
-    shift = t / 2 * 4;
-    selector = t % 2 ? 0x4342 : 0x4140;
+    codes = tile * Tile::DEPTH * TILE_CODES + row * 4;
+    scales = tile * Tile::DEPTH * TILE_SCALES + row * 2;
   }
-  DEVICE u32 octet(const unsigned char* of, int octet, int high) const {
-    return *reinterpret_cast<const u32*>(of + codes + octet * TILE_ROWS * 4 + high * HIGH_CODES);
+  DEVICE u32 scale(const unsigned char* of, int group, int high) const {
+    u32 s = *reinterpret_cast<const u16*>(of + scales + group * TILE_ROWS * 2 + high * HIGH_SCALES);
+    return pick_bytes(s, s, 0x1010);
   }
-  DEVICE f16 scale(const unsigned char* of, int group, int high) const {
-    return *reinterpret_cast<const f16*>(of + scales + group * TILE_ROWS * 2 + high * HIGH_SCALES);
+  // The codes of two columns, in the low nibbles of bytes 0 and 2: columns 8 half + 2t and the next of fragment k, or
+  // whatever stands there in the order of reorder().
+  DEVICE u32 pair(const unsigned char* of, int k, int half, int high) const {
+    int octet = Tile::REORDERS ? k / 2 * 4 + t : 2 * k + half;
+    u32 word = *reinterpret_cast<const u32*>(of + codes + octet * TILE_ROWS * 4 + high * HIGH_CODES);
+    int number = Tile::REORDERS ? k % 2 * 2 + half : t;  // of the octet's pairs; bytes hold columns j and j + 4
+    return pick_bytes(word, 0, number % 2 ? 0x4342 : 0x4140) >> number / 2 * 4;
   }
 };
 
-// A code as the lowest bits of a number 2^p, which minus 2^p + 8 is the code's value.
-template <class T> struct CodeNumber;
-template <> struct CodeNumber<f16> {
-  static constexpr u32 TOP_BYTE = 0x64, MINUS_ZERO_POINT = 0xe408e408, ONE = 0x3c003c00;  // 1024, -1032
-};
-template <> struct CodeNumber<bf16> {
-  static constexpr u32 TOP_BYTE = 0x43, MINUS_ZERO_POINT = 0xc308c308, ONE = 0x3f803f80;  // 128, -136
-};
+// The values of two codes as float16: 1024 + code is exact, so is code - 8.
+DEVICE u32 dequantize(u32 pair, u32 scales) {
+  u32 codes = fma_pair<f16>(and_or(pair, 0x000f000fu, 0x64006400u), 0x3c003c00u, 0xe408e408u);
+  return fma_pair<f16>(codes, scales, 0x80008000u);
+}
 
-// Two neighbouring values of a row.
-template <class T> DEVICE u32 dequantize(u32 octet, u32 shift, u32 selector, u32 scales) {
-  using Number = CodeNumber<T>;
-  u32 pair = __byte_perm(octet >> shift & 0x0f0f0f0f, Number::TOP_BYTE, selector);
-  return fma_pair<T>(fma_pair<T>(pair, Number::ONE, Number::MINUS_ZERO_POINT), scales, 0);
+using Fragments = u32[BLOCK_K / 16][4];  // this lane's part of a block of the left operand
+
+template <class Tile, class Shared>
+DEVICE void decode(Fragments& a, const CodePlace<Tile>& place, const Shared& shared, int stage, int block) {
+  const unsigned char* codes = shared.w(stage) + block * TILE_CODES;
+  const unsigned char* scales = shared.scales(stage) + block * TILE_SCALES;
+#pragma unroll
+  for (int k = 0; k < BLOCK_K / 16; k++) {
+#pragma unroll
+    for (int high = 0; high < 2; high++) {
+      u32 scale = place.scale(scales, 16 * k / GROUP, high);
+#pragma unroll
+      for (int half = 0; half < 2; half++) a[k][2 * half + high] = dequantize(place.pair(codes, k, half, high), scale);
+    }
+  }
+}
+
+template <class T, class Tile>
+DEVICE void start_products(float (&sums)[Tile::SUMS], const Fragments& a, const unsigned char* x, bool accumulate) {
+  fence_products();
+#pragma unroll
+  for (int k = 0; k < BLOCK_K / 16; k++) wgmma<T>(sums, a[k], swizzled_rows(x, k), accumulate || k > 0);
+  commit_products();
 }
 
 // Like multiply(), with the left operand made in registers; the other consumer's products run meanwhile.
@@ -99,28 +120,69 @@ DEVICE void multiply_codes(float (&sums)[Tile::SUMS], const Shared& shared, Ring
   CodePlace<Tile> place;
   for (int i = 0; i < steps; i++) {
     wait(shared.full(ring.stage), ring.parity);
-    const unsigned char *codes = shared.w(ring.stage), *scales = shared.scales(ring.stage);
-    const unsigned char* x = shared.x(ring.stage);
-    u32 a[BLOCK_K / 16][4];
-#pragma unroll
-    for (int k = 0; k < BLOCK_K / 16; k++) {
-#pragma unroll
-      for (int high = 0; high < 2; high++) {
-        float scale = to_float(place.scale(scales, 16 * k / GROUP, high));
-        u32 both = pack<T>(scale, scale);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          u32 octet = place.octet(codes, 2 * k + half, high);
-          a[k][2 * half + high] = dequantize<T>(octet, place.shift, place.selector, both);
-        }
-      }
-    }
-    fence_products();
-#pragma unroll
-    for (int k = 0; k < BLOCK_K / 16; k++) wgmma<T>(sums, a[k], swizzled_rows(x, k), i > 0 || k > 0);
-    commit_products();
+    Fragments a;
+    decode<Tile>(a, place, shared, ring.stage, 0);
+    start_products<T, Tile>(sums, a, shared.x(ring.stage), i > 0);
     wait_products<0>();
     release<Tile>(shared, ring.stage, part);
+    ring.advance();
+  }
+}
+
+// The same for few tokens, whose products are short: a block's operand is made while the block before is multiplied.
+template <class T, class Tile, class Shared>
+DEVICE void multiply_codes_ahead(float (&sums)[Tile::SUMS], const Shared& shared, Ring<Tile::STAGES>& ring, int steps,
+                                 int part) {
+  CodePlace<Tile> place;
+  Fragments even, odd;
+  int before = -1, blocks = steps * Tile::DEPTH;
+  wait(shared.full(ring.stage), ring.parity);
+  decode<Tile>(even, place, shared, ring.stage, 0);
+  auto multiply = [&](Fragments& now, Fragments& next, int i, int block) {
+    if (block == 0) wait(shared.reordered(ring.stage), ring.parity);
+    start_products<T, Tile>(sums, now, shared.x(ring.stage) + block * Tile::TOKENS * ROW_BYTES, i > 0);
+    wait_products<1>();
+    if (block == 0) {
+      if (i > 0) release<Tile>(shared, before, part);
+      before = ring.stage;
+    }
+    if (i + 1 == blocks) return;
+    if (block == Tile::DEPTH - 1) {
+      ring.advance();
+      wait(shared.full(ring.stage), ring.parity);
+    }
+    decode<Tile>(next, place, shared, ring.stage, (block + 1) % Tile::DEPTH);
+  };
+  for (int i = 0; i < blocks; i += 2) {
+    multiply(even, odd, i, 0);
+    if (Tile::DEPTH > 1 || i + 1 < blocks) multiply(odd, even, i + 1, Tile::DEPTH - 1);
+  }
+  ring.advance();
+  wait_products<0>();
+  release<Tile>(shared, before, part);
+}
+
+// Puts the columns of x in the order in which lanes have codes: of the four pairs of a group's four octets first the
+// first of each, then the second ones, and so on.
+template <class Tile, class Shared> DEVICE void reorder(const Shared& shared, const Schedule& schedule, int thread) {
+  Ring<Tile::STAGES> ring;
+  for (Cursor c(schedule); c.valid; c.advance()) {
+    wait(shared.full(ring.stage), ring.parity);
+#pragma unroll
+    for (int i = thread; i < Tile::DEPTH * Tile::TOKENS * (BLOCK_K / GROUP); i += Tile::REORDERING) {
+      int token = i % (Tile::DEPTH * Tile::TOKENS), group = i / (Tile::DEPTH * Tile::TOKENS);
+      uint4* row = reinterpret_cast<uint4*>(shared.x(ring.stage) + token * ROW_BYTES);  // one block after the other
+      uint4 v[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) v[j] = row[(4 * group + j) ^ token % 8];  // the swizzle of 128 bytes
+      row[(4 * group) ^ token % 8] = make_uint4(v[0].x, v[1].x, v[2].x, v[3].x);
+      row[(4 * group + 1) ^ token % 8] = make_uint4(v[0].y, v[1].y, v[2].y, v[3].y);
+      row[(4 * group + 2) ^ token % 8] = make_uint4(v[0].z, v[1].z, v[2].z, v[3].z);
+      row[(4 * group + 3) ^ token % 8] = make_uint4(v[0].w, v[1].w, v[2].w, v[3].w);
+    }
+    publish_to_products();
+    sync_warp();
+    if (thread % WARP == 0) arrive(shared.reordered(ring.stage));
     ring.advance();
   }
 }
@@ -129,7 +191,7 @@ DEVICE void multiply_codes(float (&sums)[Tile::SUMS], const Shared& shared, Ring
 template <class Tile, class Shared>
 DEVICE void send_sums(const float (&sums)[Tile::SUMS], const Shared& shared, int consumer, int sharer, int part) {
 #pragma unroll
-  for (int p = 0; p < Tile::SPLIT; p++) {
+  for (int p = 0; p < Tile::RECEIVERS; p++) {
     if (p == part) continue;
     float4* to = shared.inbox(consumer, p, part);
 #pragma unroll
@@ -307,13 +369,14 @@ template <class Tile, class Shared, class Out>
 DEVICE void exchange_and_store(float (&sums)[Tile::SUMS], const Shared& shared, const Output<Out>& to, int token,
                                int feature, int sharer, int part, u32& parity, int& which) {
   int consumer = threadIdx.x / WARP_GROUP;
-  if (threadIdx.x % WARP_GROUP == 0)
+  if (part < Tile::RECEIVERS && threadIdx.x % WARP_GROUP == 0)
     arrive_expecting(shared.inbox_full(consumer), (Tile::SPLIT - 1) * Tile::PART_BYTES);
-  wait(shared.inbox_read(consumer), parity ^ 1);  // the others have read the sums of the tile before
+  // The others have read the sums of the tile before.
+  if (Tile::receivers(part) > 0) wait(shared.inbox_read(consumer), parity ^ 1);
   send_sums<Tile>(sums, shared, consumer, sharer, part);
-  wait(shared.inbox_full(consumer), parity);
+  if (part < Tile::RECEIVERS) wait(shared.inbox_full(consumer), parity);
 #pragma unroll
-  for (int p = 0; p < Tile::SPLIT; p++) {  // registers must be known at compile time, this block's part is not
+  for (int p = 0; p < Tile::RECEIVERS; p++) {  // registers must be known at compile time, this block's part is not
     if (p != part) continue;
     float* own = sums + p * Tile::PART_SUMS;
     receive_sums<Tile>(own, shared, consumer, sharer, part);
@@ -333,7 +396,8 @@ DEVICE void consume(const Shared& shared, Schedule schedule, const Output<Out>& 
   while (schedule.next(at)) {
     float sums[Tile::SUMS];
     int steps = schedule.k_end - schedule.k_begin;
-    if constexpr (Tile::WEIGHTS == Weights::Q4) multiply_codes<T, Tile>(sums, shared, ring, steps, part);
+    if constexpr (Tile::REORDERS) multiply_codes_ahead<T, Tile>(sums, shared, ring, steps, part);
+    else if constexpr (Tile::WEIGHTS == Weights::Q4) multiply_codes<T, Tile>(sums, shared, ring, steps, part);
     else multiply<T, Tile>(sums, shared, ring, steps, part);
     int feature = (at.features * Tile::SHARE + sharer) * Tile::FEATURES + consumer * Tile::GROUP_FEATURES;
     int token = at.tokens * Tile::TOKENS;
@@ -341,13 +405,14 @@ DEVICE void consume(const Shared& shared, Schedule schedule, const Output<Out>& 
       exchange_and_store<Tile>(sums, shared, to, token, feature, sharer, part, parity, which);
     else store<Tile>(sums, shared, to, token, feature, which);
   }
-  if (Tile::SPLIT > 1) wait(shared.inbox_read(consumer), parity ^ 1);  // others still arrive at this block's barriers
+  if (Tile::SPLIT > 1 && Tile::receivers(part) > 0)
+    wait(shared.inbox_read(consumer), parity ^ 1);  // others still arrive at this block's barriers
 }
 
 // ---- The kernels ---------------------------------------------------------------------------------------------------
 
 // T: f16 or bf16. Out: T or float; RESIDUAL is needed only to add a residual to an output of type T. N is a multiple of
-// 64, K of 32, with at least SPLIT steps of 64. bias (N) and residual (n, N) may be null. Grid: clusters of
+// 64, K of 32, with at least SPLIT steps. bias (N) and residual (n, N) may be null. Grid: clusters of
 // Tile::CLUSTER blocks, at most as many as there are tiles.
 template <class T, class Tile, bool RESIDUAL, class Out>
 DEVICE void gemm_block(const Maps& maps, const Output<Out>& to, int K) {
@@ -355,18 +420,20 @@ DEVICE void gemm_block(const Maps& maps, const Output<Out>& to, int K) {
   DYNAMIC_SHARED(dynamic_shared);
   SharedMemory<Tile, Staged> shared{dynamic_shared};
   let_next_start();
-  if (threadIdx.x == 0) shared.init_barriers();
+  int rank = blockIdx.x % Tile::CLUSTER, sharer = rank % Tile::SHARE, part = rank / Tile::SHARE;
+  if (threadIdx.x == 0) shared.init_barriers(part);
   if constexpr (Tile::CLUSTER > 1) sync_cluster();
   else __syncthreads();
 
-  int rank = blockIdx.x % Tile::CLUSTER, sharer = rank % Tile::SHARE, part = rank / Tile::SHARE;
-  constexpr int WORKER_FEATURES = Tile::SHARE * Tile::FEATURES;
+  constexpr int WORKER_FEATURES = Tile::SHARE * Tile::FEATURES, STEP = Tile::DEPTH * BLOCK_K;
   Schedule schedule((to.N + WORKER_FEATURES - 1) / WORKER_FEATURES, (to.n + Tile::TOKENS - 1) / Tile::TOKENS,
-                    NEAR_TOKENS / Tile::TOKENS, (K + BLOCK_K - 1) / BLOCK_K, blockIdx.x / Tile::CLUSTER,
+                    NEAR_TOKENS / Tile::TOKENS, (K + STEP - 1) / STEP, blockIdx.x / Tile::CLUSTER,
                     gridDim.x / Tile::CLUSTER, part, Tile::SPLIT);
   if (threadIdx.x >= Tile::CONSUMERS * WARP_GROUP) {
     if constexpr (Tile::MOVES_REGISTERS) give_registers_back<Tile::PRODUCER_REGISTERS>();
-    if (threadIdx.x == Tile::CONSUMERS * WARP_GROUP) produce<Tile>(shared, maps, schedule, sharer);
+    int thread = threadIdx.x - Tile::CONSUMERS * WARP_GROUP;
+    if (thread == 0) produce<Tile>(shared, maps, schedule, sharer);
+    else if (Tile::REORDERS && thread >= WARP) reorder<Tile>(shared, schedule, thread - WARP);
   } else {
     if constexpr (Tile::MOVES_REGISTERS) take_registers<Tile::CONSUMER_REGISTERS>();
     consume<T, Tile>(shared, schedule, to, sharer);

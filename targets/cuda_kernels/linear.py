@@ -25,8 +25,7 @@ from .code import C_TYPES, HALVES, cpp, definition, operand_type
 
 THREADS = 256  # of the kernels before
 HOW = "kernel: targets/cuda_kernels/linear.py"
-# Up to here products are bound by reading the weights: with Hopper's kernel for more, and with that of all GPUs.
-FEW_TOKENS, FEW_TOKENS_MMA = 16, 64
+FEW_TOKENS = 64  # up to here products are bound by reading the weights
 MOST_DECODED = 1 << 16  # rows; vocabularies are larger, seldom meet many tokens, and would take a GB of scratch memory
 BULK_ARCHS = ("sm_90",)  # where few tokens' weights wait in shared memory (linear_bulk.cuh)
 
@@ -58,12 +57,12 @@ class _Linear:
 
     def code(self, dtypes: Sequence[str]) -> Code:
         functions: dict[str, str] = {}
-        spec, fmt = self.spec, self.spec.fmt
+        fmt = self.spec.fmt
         before = self._before(functions, dtypes)
         variants = []
-        if self._has_bulk or not self._has_dense_gemm:
+        if self._has_bulk or not self._has_stored_gemm:
             variants += self._few_tokens(functions, dtypes, before)
-        if self._has_wgmma and gemm.fits(spec, fmt):
+        if self._has_stored_gemm:
             variants += self._gemm(functions, dtypes, before)
         elif self._has_wgmma:
             variants += self._decoded_gemm(functions, dtypes, before)
@@ -83,9 +82,9 @@ class _Linear:
         return self.arch == "sm_90" and gemm.fits(self.spec, F16)
 
     @property
-    def _has_dense_gemm(self) -> bool:
-        """Whether Hopper's kernel takes the matrix as it is stored, without codes, and then any number of tokens."""
-        return self._has_wgmma and not self.spec.fmt.is_grouped
+    def _has_stored_gemm(self) -> bool:
+        """Whether Hopper's kernel takes the matrix as it is stored, and then any number of tokens."""
+        return self._has_wgmma and gemm.fits(self.spec, self.spec.fmt)
 
     @property
     def _has_bulk(self) -> bool:
@@ -119,26 +118,27 @@ class _Linear:
             else:
                 launch = self._stream(functions, dtypes, stream.STAGED[bits], is_staged=True)
                 variants.append(Variant(["<=", "n", stream.STAGED_TOKENS], (launch,)))
-        if self._has_dense_gemm:
+        if self._has_stored_gemm:
             return variants
-        few = FEW_TOKENS if self._has_wgmma else FEW_TOKENS_MMA
         for shape in stream.STREAMED[bits]:
-            if 8 * shape.tiles <= few:
+            if 8 * shape.tiles <= FEW_TOKENS:
                 launch = self._stream(functions, dtypes, shape, is_staged=False)
                 variants.append(Variant(["<=", "n", 8 * shape.tiles], (*before, launch)))
         return variants
 
     def _gemm(self, functions: dict[str, str], dtypes: Sequence[str], before: tuple[Launch, ...]) -> list[Variant]:
         """Hopper's tensor cores on the stored matrix."""
-        spec, q4 = self.spec, self.spec.fmt.is_grouped
-        tilings = gemm.q4_tilings(spec.out_features) if q4 else gemm.dense_tilings(spec.out_features)
+        spec = self.spec
+        out_bytes = 4 if dtypes[-1] == "float32" else 2
+        is_q4 = spec.fmt.is_grouped
+        tilings = gemm.q4_tilings(spec, out_bytes) if is_q4 else gemm.dense_tilings(spec.out_features)
         variants = []
         for most, tiling in tilings:
-            if q4:
+            if is_q4:
                 maps = gemm.q4_maps(tiling, spec, self._arg("w"), self._arg("scale"))
             else:
                 maps = [gemm.weight_map(tiling, spec, self._arg(self._matrix), self.operand)]
-            launch = self._gemm_launch(functions, dtypes, tiling, maps, q4)
+            launch = self._gemm_launch(functions, dtypes, tiling, maps)
             variants.append(Variant(["<=", "n", most] if most else 1, (*before, launch)))
         return variants
 
@@ -152,7 +152,7 @@ class _Linear:
             if most and most <= FEW_TOKENS:
                 continue
             maps = [gemm.weight_map(tiling, self.spec, matrix, "float16")]
-            launch = self._gemm_launch(functions, dtypes, tiling, maps, q4=False)
+            launch = self._gemm_launch(functions, dtypes, tiling, maps)
             variants.append(Variant(["<=", "n", most] if most else 1, (*before, decode, launch)))
         return variants
 
@@ -186,19 +186,19 @@ class _Linear:
         return Launch(name, (-(-k // 128), -(-n // 16), 1), THREADS, args), matrix
 
     def _gemm_launch(
-        self, functions: dict[str, str], dtypes: Sequence[str], tiling: gemm.Tiling, maps: list[list[object]], q4: bool
+        self, functions: dict[str, str], dtypes: Sequence[str], tiling: gemm.Tiling, maps: list[list[object]]
     ) -> Launch:
         spec, out = self.spec, dtypes[-1]
-        before, params, body = gemm.signature(tiling, spec, self.operand, out, q4)
-        numbers = (tiling.tokens, tiling.consumers, tiling.share, tiling.split, tiling.stages)
-        words = [*map(str, numbers), *(["gated"] if spec.gates_result else []), *(["q4"] if q4 else [])]
+        before, params, body = gemm.signature(tiling, spec, self.operand, out)
+        numbers = (tiling.tokens, tiling.consumers, tiling.share, tiling.split, tiling.depth, tiling.stages)
+        words = [*map(str, numbers), *(["gated"] if spec.gates_result else []), *(["q4"] if tiling.is_q4 else [])]
         sizes = f"{spec.out_features}x{spec.in_features}"
         name = "_".join(["gemm", self.operand, sizes, *words, out, *(["residual"] if spec.has_residual else [])])
         functions[name] = f'extern "C" __global__ {before} void {name}({", ".join(params)}) {{ {body} }}\n'
         x = scratch() if self._is_copied(dtypes) else tensor(0)
         args = (*maps, gemm.token_map(tiling, spec, x, self.operand), self._arg("bias"), self._arg("residual"))
         features = spec.out_features // 2 if spec.gates_result else spec.out_features
-        shared = tiling.shared(4 if out == "float32" else 2, spec.gates_result, q4)
+        shared = tiling.shared(4 if out == "float32" else 2, spec.gates_result)
         grid = (tiling.grid(features, spec.gates_result), 1, 1)
         return Launch(name, grid, tiling.threads, (*args, self._arg("out"), int32("n")), shared)
 
