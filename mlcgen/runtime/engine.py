@@ -173,6 +173,7 @@ class Engine:
             self._stats,
             num_saved=self._mover.num_saved,
             num_loaded=self._mover.num_loaded,
+            swap_seconds=self._mover.seconds,
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             num_pages=pool.num_pages,
