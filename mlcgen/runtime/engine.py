@@ -4,6 +4,7 @@ import heapq
 import math
 import time
 from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ from mlcgen.runtime.adapters import Adapter, Adapters
 from mlcgen.runtime.beam_search import BeamSearch
 from mlcgen.runtime.draft import ROOT, Draft
 from mlcgen.runtime.executor import Executor, SamplingExecutor
+from mlcgen.runtime.grammar import Grammar
 from mlcgen.runtime.host_sampling import HostSampling
 from mlcgen.runtime.iteration import Iteration, StepError, concerning
 from mlcgen.runtime.kv_cache import PagePool
@@ -34,6 +36,7 @@ from mlcgen.runtime.tokenizer import Tokenizer
 __all__ = ["Engine", "Prompt"]
 
 PRIORITY_SECONDS = 60.0  # a level of priority is worth so much waiting
+PATIENCE_SECONDS = 0.01  # of a step that has nothing to do but to wait for a grammar: who drives it has other requests
 
 
 class Engine:
@@ -85,6 +88,7 @@ class Engine:
         self._intake = Intake(tokenizer, executor.vocab_size, self.eos_token_ids, context_length, is_endless)
         self._limit = options.window or context_length  # tokens of a sequence
         self._requests: dict[str, list[Request]] = {}  # samples that are unfinished
+        self._compiling: dict[str, Future[list[Grammar]]] = {}  # for requests that wait for theirs
         self._deadlines: list[tuple[float, str]] = []  # a heap
         self._stats = EngineStats()
         drafter = drafter or _drafter(options)
@@ -128,12 +132,14 @@ class Engine:
             requests = self._intake.new_requests(output, params, stream, rank)
             if adapter is not None:
                 _give_adapter(requests, self.adapters.find(adapter))
-            self.scheduler.add(requests[0])
+            if params.structured is not None:
+                self._compiling[request_id] = self._intake.grammars(params)
+            else:
+                self._queue(requests[0])
         except MlcgenError as error:
             for completion in completions:
                 self._end(output, completion, "error", error)
             return output
-        requests[0].is_queued = True
         if params.beam_width:
             new_beam = partial(self._intake.new_beam, output, params, rank)
             requests[0].search = BeamSearch(requests, params, requests[0].max_tokens, self.scheduler, new_beam)
@@ -143,6 +149,23 @@ class Engine:
         if deadline is not None:
             heapq.heappush(self._deadlines, (due, request_id))
         return output
+
+    def _queue(self, request: Request) -> None:
+        self.scheduler.add(request)
+        request.is_queued = True
+
+    def _queue_compiled(self) -> None:
+        """Queue requests whose grammars are there by now; a while is waited for one where nothing else is to do."""
+        if self._compiling and not (self._changed or self._started or self.scheduler.has_work):
+            wait(self._compiling.values(), PATIENCE_SECONDS, FIRST_COMPLETED)
+        for request_id in [id for id, grammars in self._compiling.items() if grammars.done()]:
+            grammars, requests = self._compiling.pop(request_id), self._requests[request_id]
+            try:
+                for request, grammar in zip(requests, grammars.result(), strict=True):
+                    request.constrain(grammar)
+                self._queue(requests[0])
+            except MlcgenError as error:
+                self._finish(requests[0], "error", error)
 
     def load_adapter(self, name: str, path: str | Path) -> None:
         """Load a LoRA adapter, as PEFT saves it, for requests to name.
@@ -175,7 +198,7 @@ class Engine:
             num_loaded=self._mover.num_loaded,
             swap_seconds=self._mover.seconds,
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=len(self.scheduler.waiting) + len(self._compiling),
             num_pages=pool.num_pages,
             num_free_pages=pool.num_free,
             num_idle_pages=pool.num_idle,
@@ -201,6 +224,7 @@ class Engine:
         """
         started = None
         self._end_overdue()
+        self._queue_compiled()
         try:
             started, self._started = self._started or self._start(None), None
             if started is not None:
@@ -459,6 +483,8 @@ class Engine:
         self._requests[request_id].remove(request)
         if not self._requests[request_id]:
             del self._requests[request_id]
+            if grammars := self._compiling.pop(request_id, None):
+                grammars.cancel()
         request.complete_text(request.completion, self.tokenizer)
         metrics = request.output.metrics
         metrics.num_preemptions += request.num_preemptions

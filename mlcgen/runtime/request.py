@@ -2,6 +2,7 @@
 
 import math
 import sys
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,6 @@ class Request(Sequence):
         stop_ids: frozenset[int],
         max_tokens: int,
         rank: float,
-        grammar: Grammar | None,
     ) -> None:
         super().__init__(output.prompt_token_ids, rank)
         self.output = output
@@ -50,11 +50,15 @@ class Request(Sequence):
         self.is_queued = False  # whether the scheduler has it
         self.siblings: list[Request] = []  # other samples, which begin when this one's prompt is in the cache
         self.acceptance = Acceptance()
-        self.sampler = Sampler(params, self.tokens, stop_ids, grammar)
+        self.sampler = Sampler(params, self.tokens, stop_ids)
         self.stops = StopMatcher(params.stop_strings, params.include_stop_str_in_output)
         self.decoder: IncrementalDecoder | None = None  # None: the text is wanted only at the end
         self.streams = False
         self.search: BeamSearch | None = None  # that it is a beam of
+
+    def constrain(self, grammar: Grammar) -> None:
+        """Before its first token: all of its text is what the grammar allows."""
+        self.sampler = Sampler(self.params, self.tokens, self.stop_ids, grammar)
 
     def append(self, token: int, logprobs: dict[int, float] | None) -> FinishReason | None:
         """The next token; returns why it is the last one, if it is."""
@@ -119,7 +123,7 @@ class Intake:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._eos_token_ids, self._context_length = eos_token_ids, context_length
         self._is_endless = is_endless
-        self._grammars: GrammarCompiler | None = None  # made when a request wants structure
+        self._compiler: GrammarCompiler | None = None  # made when a request wants structure
 
     def token_ids(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
@@ -145,6 +149,15 @@ class Intake:
         samples[0].siblings = samples[1:]
         return samples
 
+    def grammars(self, params: SamplingParams) -> "Future[list[Grammar]]":
+        """One for each sample, or why there are none: compiling them takes longer than a step."""
+        assert params.structured is not None
+        if self._tokenizer is None:
+            raise RequestError("structured output needs a tokenizer, which the artifact lacks")
+        if self._compiler is None:
+            self._compiler = GrammarCompiler(self._tokenizer, self._vocab_size, self._eos_token_ids)
+        return self._compiler.start(params.structured, params.n)
+
     def new_beam(self, output: RequestOutput, params: SamplingParams, rank: float) -> Request:
         """A beam of a request; its completion is none of the output's yet."""
         greedy = replace(params, n=1, beam_width=0, temperature=0.0)
@@ -165,7 +178,7 @@ class Intake:
             room = sys.maxsize
         stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self._eos_token_ids)
         max_tokens = min(room, params.max_tokens or room)
-        request = Request(output, completion, params, stop_ids, max_tokens, rank, self._grammar(params))
+        request = Request(output, completion, params, stop_ids, max_tokens, rank)
         if params.logprobs is not None:
             completion.logprobs = []
         request.eos_token_ids = self._eos_token_ids
@@ -173,15 +186,6 @@ class Intake:
             request.decoder = IncrementalDecoder(self._tokenizer, params.skip_special_tokens)
         request.streams = stream
         return request
-
-    def _grammar(self, params: SamplingParams) -> Grammar | None:
-        if params.structured is None:
-            return None
-        if self._tokenizer is None:
-            raise RequestError("structured output needs a tokenizer, which the artifact lacks")
-        if self._grammars is None:
-            self._grammars = GrammarCompiler(self._tokenizer, self._vocab_size, self._eos_token_ids)
-        return self._grammars.compile(params.structured)
 
     def _check_prompt(self, num_tokens: int) -> None:
         if not num_tokens:
