@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlcgen.errors import RequestError
+from mlcgen.runtime.adapters import Adapter
 from mlcgen.runtime.grammar import Grammar, GrammarCompiler
 from mlcgen.runtime.outputs import CompletionOutput, FinishReason, RequestOutput
 from mlcgen.runtime.sampler import Sampler, SamplingParams
@@ -61,7 +62,9 @@ class Request(Sequence):
         self.sampler = Sampler(self.params, self.tokens, self.stop_ids, grammar)
 
     def append(self, token: int, logprobs: dict[int, float] | None) -> FinishReason | None:
-        """The next token; returns why it is the last one, if it is."""
+        """The next token; returns why it is the last one, if it is. Raises RequestError as BeamSearch.extend."""
+        if self.search is not None:
+            return self.search.extend(self, logprobs or {})
         completion = self.completion
         if completion.logprobs is not None and logprobs is not None:
             completion.logprobs.append(logprobs)
@@ -91,11 +94,11 @@ class Request(Sequence):
             shown = completion.token_ids[:-1] if stopped_by_token else completion.token_ids
             completion.text = tokenizer.decode(shown, self.params.skip_special_tokens)
 
-    def move_window(self, kept: list[int]) -> None:
-        """Go on from these tokens, the last ones of the text among them, as if there had been no others."""
-        self.tokens[:] = kept
-        self.num_tokens = len(kept)
-        self.num_before = len(kept) - len(self.completion.token_ids)
+    def move_window(self, sinks: int, kept: int) -> None:
+        """Go on from so many tokens, of which `sinks` are the first ones, as if there had been no others."""
+        del self.tokens[sinks : len(self.tokens) - (kept - sinks)]
+        self.num_tokens = kept
+        self.num_before = kept - len(self.completion.token_ids)
 
     @property
     def num_wanted(self) -> int:
@@ -132,8 +135,24 @@ class Intake:
             raise RequestError("the artifact has no tokenizer; give the prompt as token ids")
         return self._tokenizer.encode(prompt)
 
-    def new_requests(self, output: RequestOutput, params: SamplingParams, stream: bool, rank: float) -> list[Request]:
+    def new_requests(
+        self,
+        output: RequestOutput,
+        params: SamplingParams,
+        stream: bool,
+        rank: float,
+        due: float,
+        adapter: Adapter | None,
+    ) -> list[Request]:
         """One for each sample; the first one has the others as siblings."""
+        requests = self._new_samples(output, params, stream, rank)
+        for request in requests:
+            request.due = due
+            if adapter is not None:
+                request.adapter_slot, request.cache_root = adapter.slot, adapter.cache_root
+        return requests
+
+    def _new_samples(self, output: RequestOutput, params: SamplingParams, stream: bool, rank: float) -> list[Request]:
         self._check_prompt(len(output.prompt_token_ids))
         self._check_params(params)
         if max(params.n, params.beam_width) > 1 and stream:
