@@ -373,6 +373,7 @@ def bench(
     batch_prompt: Annotated[int, typer.Option(min=0, help="Tokens of each of its prompts; 0: 512 together.")] = 0,
     threads: Threads = None,
     repeat: Annotated[int, typer.Option(min=1, help="Turns that count, after one to warm up.")] = 5,
+    weight_memory: WeightMemory = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8, or token ids in .json: measure its perplexity too.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all samples here.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page here.")] = None,
@@ -381,15 +382,16 @@ def bench(
     """Speed, memory and load time of artifacts, beside other engines and this machine's peaks."""
     if merge:
         return _merge(artifacts, json_file, html_file)
+    from mlcgen.bench.contestants import Options
     from mlcgen.bench.engines import PEERS
     from mlcgen.bench.matrix import page
-    from mlcgen.bench.run import Options
     from mlcgen.bench.run import bench as run_bench
     from mlcgen.runtime.cpu import usable_cores
 
     if unknown := set(peer or ()) - set(PEERS):
         raise typer.BadParameter(f"no peer {min(unknown)!r}; have: {', '.join(PEERS)}")
-    options = Options(prompt, tokens, long_context, batch, threads or usable_cores(), repeat, batch_prompt)
+    sizes = prompt, tokens, long_context, batch
+    options = Options(*sizes, threads or usable_cores(), repeat, batch_prompt, weight_memory)
     with output.Progress() as progress:
         result = run_bench(artifacts, target or ["auto"], peer or (), peer_model, options, progress.update, text)
     output.benchmark(result, json_file)
