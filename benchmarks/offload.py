@@ -10,8 +10,6 @@ running the artifact needs, and no more.
 
 import argparse
 import gc
-import mmap
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from mlcgen import artifact
+from mlcgen.bench.link import open_link_probe
 from mlcgen.errors import DeviceError
 from mlcgen.runtime import load_plan
 from mlcgen.runtime.engine import Engine
@@ -31,9 +30,6 @@ from mlcgen.runtime.target_choice import choose_target
 
 PROMPT = 16  # tokens
 WARM_UP = 3  # steps that do not count, after the prompts
-BLOCK, PIECE = 4 << 20, 16 << 20  # bytes of a read, and of what is mapped at a time
-POPULATE = 22  # Linux's advice to read pages and enter them in the page table
-COPY, COPIES = 256 << 20, 16  # bytes of one to the GPU, and how many in a row
 
 
 @dataclass(frozen=True)
@@ -92,55 +88,10 @@ def _memory(engine: Engine) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
 
 
-def file_rate(file: Path) -> float:
-    """Bytes per second of reading all of a file that is not in memory, the faster of two ways."""
-    rates = []
-    with file.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        for read in (_read_blocks, _map_pieces):
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            begun = time.perf_counter()
-            read(stream.fileno(), size)
-            rates.append(size / (time.perf_counter() - begun))
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return max(rates)
-
-
-def _read_blocks(descriptor: int, size: int) -> None:
-    buffer = bytearray(BLOCK)
-    while os.readv(descriptor, [buffer]):
-        pass
-
-
-def _map_pieces(descriptor: int, size: int) -> None:
-    with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as mapped:
-        for start in range(0, size, PIECE):
-            mapped.madvise(POPULATE, start, min(PIECE, size - start))
-            mapped.madvise(mmap.MADV_DONTNEED, start, min(PIECE, size - start))
-
-
-def copy_rate(kind: str) -> float:
-    """Bytes per second from pinned memory to a GPU: the best of three rows of copies."""
-    device = load_plan._device(kind)
-    to, held = device.allocate(COPY, "the probe"), device.pinned(COPY)
-    held[:] = 1
-    rates = []
-    for _ in range(3):
-        device.synchronize()
-        begun = time.perf_counter()
-        for _ in range(COPIES):
-            device.upload(to, held)
-        device.synchronize()
-        rates.append(COPY * COPIES / (time.perf_counter() - begun))
-    return max(rates)
-
-
 def link(path: Path, target: str, from_file: bool) -> Callable[[], float]:
     manifest = artifact.read_manifest(path)
-    entry = choose_target(manifest["targets"], target)
-    if entry["executor"] == "plan" and not from_file:
-        return lambda: copy_rate(entry["kind"])
-    return lambda: file_rate(path / manifest["weights"][0]["file"])
+    kind = "cpu" if from_file else choose_target(manifest["targets"], target)["kind"]
+    return open_link_probe(kind, str(path / manifest["weights"][0]["file"]))
 
 
 HEADER = (

@@ -313,10 +313,39 @@ def swapping(server: Server) -> list[Row]:
         return num_tokens / seconds
 
     rates = in_turns({"saved": lambda: run(1 << 30), "anew": lambda: run(0)})
-    return [
-        {"": name, "tokens/s": f"{rates[name]:.1f}", "preemptions": str(stats[size].num_preemptions)}
-        for name, size in (("saved", 1 << 30), ("anew", 0))
-    ]
+    rows = []
+    for name, size in (("saved", 1 << 30), ("anew", 0)):
+        moved = stats[size].num_saved + stats[size].num_loaded
+        row = {"": name, "tokens/s": f"{rates[name]:.1f}", "preemptions": str(stats[size].num_preemptions)}
+        each = stats[size].swap_seconds * 1e3 / max(moved, 1)
+        rows.append(row | {"pages moved": str(moved), "ms each": f"{each:.3f}"})
+    return rows
+
+
+def moving_pages(server: Server) -> list[Row]:
+    """16 pages to pinned memory of the host and back, which are neighbours or lie apart."""
+    executor = server.loaded.executor
+    layers, layer_bytes = executor.page_shape
+    count = min(16, executor.num_pages // 2)
+    size = layers * count * layer_bytes
+    host = executor.pinned(size)[:size].reshape(layers, count, layer_bytes)
+    places, rows = range(count), []
+    executor.write_pages(range(2 * count), host, [0] * 2 * count)  # memory that nobody wrote to is read too fast
+    for name, pages in (("neighbours", range(count)), ("apart", range(0, 2 * count, 2))):
+
+        def timed(move: Callable[..., None], pages: Any = pages) -> float:
+            begun = time.perf_counter()
+            move(pages, host, places)
+            return (time.perf_counter() - begun) / count
+
+        seconds = in_turns(
+            {"to the host": lambda: timed(executor.read_pages), "back": lambda: timed(executor.write_pages)}
+        )
+        row = {"16 pages": name, "MiB each": f"{layers * layer_bytes / 2**20:.3f}"}
+        for way, each in seconds.items():
+            row |= {f"{way}, ms each": f"{each * 1e3:.3f}", f"{way}, GB/s": f"{layers * layer_bytes / each / 1e9:.1f}"}
+        rows.append(row)
+    return rows
 
 
 def aborts(server: Server) -> list[Row]:
@@ -349,6 +378,7 @@ CASES = {
     "structure": structure,
     "page waste": waste,
     "swapping": swapping,
+    "moving pages": moving_pages,
     "aborts": aborts,
 }
 

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from mlcgen import safetensors
 from mlcgen.adapter_layout import MAX_RANK, MAX_SLOTS
 from mlcgen.errors import ArtifactError, CheckpointError
+from mlcgen.json_file import read_object
 from mlcgen.runtime.cpu import usable_cores
 from mlcgen.runtime.executor import AdaptedStepInput, StepInput
 
@@ -295,14 +296,6 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(
-            f"{file.parent} is no artifact: it has no {file.name}; make one with mlcgen compile"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"cannot read {file}: {error}; compile the model again") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{file} is not a JSON object; compile the model again")
-    return value
+    if not file.exists():
+        raise ArtifactError(f"{file.parent} is no artifact: it has no {file.name}; make one with mlcgen compile")
+    return read_object(file, ArtifactError, "compile the model again")

@@ -99,6 +99,7 @@ Artifact = Annotated[Path, typer.Argument(help="Directory that `mlcgen compile` 
 Quantization = Annotated[str, typer.Option("-q", "--quantization", help="f32, f16, bf16, q8, q4, or gguf.")]
 ContextLength = Annotated[int | None, typer.Option(min=1, help="Tokens per sequence; default: the model's.")]
 MaxBatch = Annotated[int, typer.Option(min=1, help="Sequences per step.")]
+EngineBatch = Annotated[int | None, typer.Option(min=1, help="Sequences per step; default: the artifact's.")]
 KvDtype = Annotated[str, typer.Option(help="auto, float32, float16, or bfloat16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RunTarget = Annotated[str, typer.Option("--target", "-t", help="auto, or a target that the artifact holds.")]
@@ -196,7 +197,7 @@ def run(
     logprobs: Annotated[int | None, typer.Option(min=1, help="With --json: the best tokens of each step.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="LoRA adapter: a folder that PEFT saved.")] = None,
     num_pages: NumPages = None,
-    max_batch: Annotated[int | None, typer.Option(min=1, help="Sequences per step; default: as compiled.")] = None,
+    max_batch: EngineBatch = None,
     threads: Threads = None,
     gpu_memory_utilization: GpuMemory = 0.9,
     speculation: Speculation = None,
@@ -373,6 +374,7 @@ def bench(
     batch_prompt: Annotated[int, typer.Option(min=0, help="Tokens of each of its prompts; 0: 512 together.")] = 0,
     threads: Threads = None,
     repeat: Annotated[int, typer.Option(min=1, help="Turns that count, after one to warm up.")] = 5,
+    weight_memory: WeightMemory = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8, or token ids in .json: measure its perplexity too.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all samples here.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page here.")] = None,
@@ -381,15 +383,16 @@ def bench(
     """Speed, memory and load time of artifacts, beside other engines and this machine's peaks."""
     if merge:
         return _merge(artifacts, json_file, html_file)
+    from mlcgen.bench.contestants import Options
     from mlcgen.bench.engines import PEERS
     from mlcgen.bench.matrix import page
-    from mlcgen.bench.run import Options
     from mlcgen.bench.run import bench as run_bench
     from mlcgen.runtime.cpu import usable_cores
 
     if unknown := set(peer or ()) - set(PEERS):
         raise typer.BadParameter(f"no peer {min(unknown)!r}; have: {', '.join(PEERS)}")
-    options = Options(prompt, tokens, long_context, batch, threads or usable_cores(), repeat, batch_prompt)
+    sizes = prompt, tokens, long_context, batch
+    options = Options(*sizes, threads or usable_cores(), repeat, batch_prompt, weight_memory)
     with output.Progress() as progress:
         result = run_bench(artifacts, target or ["auto"], peer or (), peer_model, options, progress.update, text)
     output.benchmark(result, json_file)
@@ -449,7 +452,7 @@ def simulate(
     trace: Annotated[Path | None, typer.Option(help="JSON lines to replay instead.")] = None,
     num_pages: NumPages = None,
     page_size: Annotated[int | None, typer.Option(min=1, help="Tokens per page; default: as measured.")] = None,
-    max_batch: Annotated[int | None, typer.Option(min=1, help="Sequences per step; default: as measured.")] = None,
+    max_batch: EngineBatch = None,
     tokens_per_step: Annotated[list[int] | None, typer.Option(min=1, help="Of a step at most. Repeatable.")] = None,
     whole_prompts: Annotated[bool, typer.Option(help="Also without chunks: prompts first, decodes wait.")] = False,
     prefix_cache: Annotated[bool, typer.Option(help="Reuse the pages of equal beginnings.")] = True,

@@ -26,12 +26,15 @@ class Spec:
     context: int  # tokens, over all sequences, that its KV cache must hold
     batch: int = 1  # sequences at a time
     target: str = "auto"
+    weight_memory: str | None = None  # of mlcgen: what weights may take; layers beyond it are streamed
 
 
 @dataclass(frozen=True)
 class Timing:
     first_token_s: float  # from the request to the first token (of the last sequence)
     decode_tokens_per_s: float | None  # of all sequences together, after their first tokens; None if there are none
+    streamed_bytes_per_step: float | None = None  # of weights, after the first tokens; None: all weights are there
+    streamed_bytes_per_s: float | None = None
 
 
 class Engine(Protocol):
@@ -47,7 +50,10 @@ class Mlcgen:
 
         page_size = int(read_manifest(Path(spec.model))["kv"]["page_size"])
         pages = -(-spec.context // page_size) + spec.batch  # each sequence's last one may be nearly empty
-        self._engine = load_engine(spec.model, spec.target, pages, num_threads=spec.threads)
+        self._engine = load_engine(
+            spec.model, spec.target, pages, num_threads=spec.threads, weight_memory=spec.weight_memory
+        )
+        self._stream = getattr(self._engine.executor, "stream", None)
 
     def generate(self, prompts: Prompts, tokens: int) -> Timing:
         from mlcgen.runtime.sampler import SamplingParams
@@ -58,12 +64,19 @@ class Mlcgen:
         while not all(output.token_ids or output.finished for output in outputs):
             self._engine.step()
         first, before = perf_counter(), sum(len(output.token_ids) for output in outputs)
+        loaded, steps = self._bytes_loaded(), self._engine.stats().num_steps
         while not all(output.finished for output in outputs):
             self._engine.step()
         for output in outputs:
             if output.error:
                 raise output.error
-        return Timing(first - start, _rate(len(prompts) * tokens - before, perf_counter() - first))
+        seconds = perf_counter() - first
+        streamed, steps = self._bytes_loaded() - loaded, self._engine.stats().num_steps - steps
+        decode = _rate(len(prompts) * tokens - before, seconds)
+        return Timing(first - start, decode, _rate(streamed, steps), _rate(streamed, seconds))
+
+    def _bytes_loaded(self) -> int:
+        return 0 if self._stream is None else self._stream.bytes_loaded
 
 
 class LlamaCpp:
@@ -118,8 +131,8 @@ class OpenVino:
         return Timing(times.get_ttft().mean / 1e3, decode)
 
 
-def _rate(count: int, seconds: float) -> float | None:
-    return count / seconds if count and seconds > 0 else None
+def _rate(count: int, per: float) -> float | None:
+    return count / per if count and per > 0 else None
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def _key(result: Result) -> tuple[Any, ...]:
     model, options = result["model"], result["options"]
     sizes = ("prompt", "tokens", "long_context", "batch", "batch_prompt")
     shape = tuple(model[key] for key in sorted(model) if key != "name")
-    return (shape, *(options[size] for size in sizes))
+    return (shape, *(options[size] for size in sizes), options.get("weight_memory"))
 
 
 def _place_measured(section: Section, result: Result) -> None:
@@ -228,6 +228,8 @@ def _measured(options: Mapping[str, Any]) -> Lines:
         f"batch of {options['batch']}, tokens/s": lambda row: _test(row, "batch", "batch_decode_tokens_per_s"),
         "decode, GB/s": lambda row: _of_peak(row, "decode_bytes_per_s", "decode_peak_share", 1e-9),
         "prefill, TFLOP/s": lambda row: _of_peak(row, "prefill_flops_per_s", "prefill_peak_share", 1e-12),
+        "weights streamed per step": lambda row: _bytes(_median(row, "streamed_bytes_per_step")),
+        "weights streamed, GB/s": lambda row: _of_peak(row, "streamed_bytes_per_s", "link_share", 1e-9),
         "load, s": lambda row: _metric(row, "load_s"),
         "load to first token, s": lambda row: _metric(row, "load_to_first_token_s"),
         "peak memory of the process": lambda row: _bytes(_median(row, "peak_memory_bytes")),

@@ -45,7 +45,7 @@ _ROW = {
     "achieved": _Each(float),
     "skipped": _Each(str),
 }
-_PEAKS = {"bytes_per_s": _Each(_SUMMARY), "ops_per_s": _Each(_SUMMARY)}
+_PEAKS = {"bytes_per_s": _Each(_SUMMARY), "ops_per_s": _Each(_SUMMARY), "link_bytes_per_s": _Maybe(_SUMMARY)}
 _SIZES = ("prompt", "tokens", "long_context", "batch", "batch_prompt", "repeat")
 _RESULT = {
     "command": str,
@@ -54,7 +54,7 @@ _RESULT = {
         "model_type": _Maybe(str),
         **dict.fromkeys(("hidden_size", "num_layers", "vocab_size"), _Maybe(int)),
     },
-    "options": {**dict.fromkeys(_SIZES, int), "text": _Maybe(str)},
+    "options": {**dict.fromkeys(_SIZES, int), "text": _Maybe(str), "weight_memory": _Maybe(str)},
     "machine": {"cpu": str, "cores": int, "threads": int},
     "versions": _Each(str),
     "devices": _Each({"name": str, "peaks": _PEAKS}),

@@ -37,6 +37,8 @@ def tables(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]
     """(header, rows) of each table; the first cell of a row is the engine's name."""
     engines = _labelled(result["engines"])
     made = [_speed(engines, result["options"]), _cost(engines, result["options"])]
+    if result["options"].get("weight_memory"):
+        made.append(_streaming([row for row in engines if row["engine"] == "mlcgen"]))
     peers = [row["name"] for row in engines if row["engine"] != "mlcgen"]
     if peers:
         made.append(_ratios(engines, peers))
@@ -79,6 +81,19 @@ def _cost(engines: Sequence[Row], options: Mapping[str, Any]) -> Table:
         for row in engines
     ]
     return header, rows
+
+
+def _streaming(engines: Sequence[Row]) -> Table:
+    """Absent where all weights fit."""
+    rows = [
+        [
+            row["name"],
+            _median(row, "streamed_bytes_per_step", format_bytes),
+            _of_peak(row["achieved"], "streamed_bytes_per_s", "link_share"),
+        ]
+        for row in engines
+    ]
+    return ["weights streamed", "per step", "GB/s\n(of the link's)"], rows
 
 
 RATIOS = {
@@ -125,7 +140,9 @@ def peaks(device: Mapping[str, Any]) -> str:
         f"{peak['median'] / 1e9:.0f} {'GFLOP/s' if dtype.startswith('float') else 'Gop/s'} {dtype}"
         for dtype, peak in device["peaks"]["ops_per_s"].items()
     ]
-    return f"{device['name']}: {', '.join([*reading, *computing]) or 'not measured'}"
+    link = device["peaks"].get("link_bytes_per_s")
+    linking = [f"{link['median'] / 1e9:.1f} GB/s over the link to streamed weights"] if link else []
+    return f"{device['name']}: {', '.join([*reading, *computing, *linking]) or 'not measured'}"
 
 
 def _quality(quality: Mapping[str, float]) -> str:

@@ -44,6 +44,10 @@ def _open(**spec: Any) -> Callable[..., Any]:
         from mlcgen.bench.probe import open_probe
 
         return open_probe(spec["threads"])
+    if spec["engine"] == "link probe":
+        from mlcgen.bench.link import open_link_probe
+
+        return open_link_probe(spec["kind"], spec["file"])
     from mlcgen.bench.engines import open_engine
 
     return open_engine(spec)

@@ -1,6 +1,5 @@
 """Hugging Face directories: config.json, tokenizer files, and safetensors in one file or many shards."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 
 from mlcgen.checkpoint.base import Array, Checkpoint, Grouped, TensorInfo, Tokenizer
 from mlcgen.errors import CheckpointError, UnsupportedError
+from mlcgen.json_file import read_object
 from mlcgen.safetensors import Entry, read_entries, read_tensor
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -49,15 +49,7 @@ def open_hf(path: Path, weights: bool = True) -> Checkpoint:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {str(error)[:100]}; download it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object; download it again")
-    return content
+    return read_object(path, CheckpointError, "download it again")
 
 
 def _read_optional(path: Path) -> dict[str, Any]:

@@ -6,11 +6,14 @@ then the best continuations of all are chosen. The beams that come of one share 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
-from mlcgen.runtime.outputs import CompletionOutput, FinishReason
+from mlcgen.errors import MlcgenError
+from mlcgen.runtime.outputs import FinishReason
 from mlcgen.runtime.request import CANDIDATES, Request
 from mlcgen.runtime.sampler import SamplingParams
 from mlcgen.runtime.scheduler import Scheduler
+from mlcgen.runtime.tokenizer import Tokenizer
 
 __all__ = ["BeamSearch"]
 
@@ -33,27 +36,31 @@ class _Hypothesis:
 class BeamSearch:
     """The beams of one request. The scheduler has all of them, the paused ones too.
 
-    max_tokens: of a text. new_beam(): a request like the first one. A beam's tokens and their log-probabilities are in
-    its `completion`.
+    beams: the first one, in a list that always has those of now. new_beam(): a request like the first one. A beam's
+    tokens and their log-probabilities are in its `completion`.
     """
 
     beams: list[Request]
     params: SamplingParams
-    max_tokens: int
     scheduler: Scheduler[Request]
     new_beam: Callable[[], Request]
     _next: dict[Request, Mapping[int, float]] = field(default_factory=dict)  # log-probabilities of tokens
     _ended: list[_Hypothesis] = field(default_factory=list)
 
-    def extend(self, beam: Request, logprobs: Mapping[int, float]) -> bool:
-        """A beam's likeliest next tokens. Whether the search goes on.
+    def __post_init__(self) -> None:
+        self._first = self.beams[0]
 
-        The scheduler has the beam, which has just been computed to its end.
+    def extend(self, beam: Request, logprobs: Mapping[int, float]) -> FinishReason | None:
+        """A beam's likeliest next tokens. Why the search ends, if it does.
+
+        The scheduler has the beam, which has just been computed to its end. Raises RequestError where there will never
+        be room for as many beams as there are now.
         """
         beam.num_tokens = len(beam.tokens)
         self._next[beam] = logprobs
         self.scheduler.pause(beam)
-        return len(self._next) < len(self.beams) or self._select()
+        goes_on = len(self._next) < len(self.beams) or self._select()
+        return None if goes_on else "length"
 
     def _select(self) -> bool:
         """Go on with the best continuations. Whether there is something to go on with."""
@@ -71,7 +78,7 @@ class BeamSearch:
             elif len(chosen) < width:
                 chosen.append((beam, token))
         self._go_on(chosen)
-        if not self.beams or len(self.beams[0].completion.token_ids) >= self.max_tokens:
+        if not self.beams or len(self.beams[0].completion.token_ids) >= self._first.max_tokens:
             return False
         return not self._is_decided(max(self._score(_hypothesis(beam, "length")) for beam in self.beams))
 
@@ -86,7 +93,7 @@ class BeamSearch:
         logprobs, self._next = self._next, {}
         for beam in set(self.beams).difference(beam for beam, _ in chosen):
             self.scheduler.remove(beam)
-        self.beams = []
+        self.beams.clear()
         copies: list[tuple[Request, Request]] = []
         for parent, _ in chosen:
             beam = parent
@@ -106,6 +113,7 @@ class BeamSearch:
         copy = self.new_beam()
         copy.tokens[:] = beam.tokens
         copy.adapter_slot, copy.cache_root = beam.adapter_slot, beam.cache_root
+        copy.search, copy.due = self, beam.due
         copy.completion.token_ids[:] = beam.completion.token_ids
         copy.completion.logprobs = list(beam.completion.logprobs or [])
         return copy
@@ -119,16 +127,22 @@ class BeamSearch:
         """Sum of log-probabilities per token, to the power of the length penalty."""
         return hypothesis.logprob / max(len(hypothesis.token_ids), 1) ** self.params.length_penalty
 
-    def write(self, completions: list[CompletionOutput], reason: FinishReason) -> list[FinishReason]:
-        """The best ones into `completions`; returns how each ended, by `reason` where it had not."""
+    def finish(self, reason: FinishReason, error: MlcgenError | None, tokenizer: Tokenizer | None) -> None:
+        """End the request with the best texts, and for `reason` where these have not ended themselves."""
+        for beam in self.beams:
+            beam.completion.finish_reason = reason
+            if beam.is_queued:
+                self.scheduler.remove(beam)
         found = [*self._ended, *(_hypothesis(beam, reason) for beam in self.beams)]
         found.sort(key=lambda each: -self._score(each))
-        for completion, each in zip(completions, found, strict=False):
-            completion.token_ids[:] = each.token_ids
-            completion.logprobs = each.logprobs
-            completion.stop_reason = each.stop_reason
-        reasons = [each.reason for each in found[: len(completions)]]
-        return reasons + [reason] * (len(completions) - len(reasons))
+        output = self._first.output
+        for completion, each in zip_longest(output.outputs, found[: len(output.outputs)]):
+            if each is not None:
+                completion.token_ids[:] = each.token_ids
+                completion.logprobs = each.logprobs
+                completion.stop_reason = each.stop_reason
+                self._first.complete_text(completion, tokenizer)
+            output.end(completion, reason if each is None else each.reason, error)
 
 
 def _append(beam: Request, token: int, logprob: float) -> None:

@@ -4,18 +4,20 @@ import heapq
 import math
 import time
 from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from mlcgen.errors import DeviceError, MlcgenError, RequestError
-from mlcgen.runtime.adapters import Adapter, Adapters
+from mlcgen.runtime.adapters import Adapters
 from mlcgen.runtime.beam_search import BeamSearch
 from mlcgen.runtime.draft import ROOT, Draft
 from mlcgen.runtime.executor import Executor, SamplingExecutor
+from mlcgen.runtime.grammar import Grammar
 from mlcgen.runtime.host_sampling import HostSampling
-from mlcgen.runtime.iteration import Iteration, StepError, concerning
+from mlcgen.runtime.iteration import Iteration, StepError, begin, concerning
 from mlcgen.runtime.kv_cache import PagePool
 from mlcgen.runtime.lookahead import LookaheadDrafter
 from mlcgen.runtime.ngram import NgramDrafter
@@ -28,12 +30,12 @@ from mlcgen.runtime.sampler import NO_TOKEN, Sampled, SamplingParams
 from mlcgen.runtime.scheduler import Scheduler
 from mlcgen.runtime.speculation import Drafter, Speculation
 from mlcgen.runtime.stats import EngineStats
-from mlcgen.runtime.step_input import step_input
 from mlcgen.runtime.tokenizer import Tokenizer
 
 __all__ = ["Engine", "Prompt"]
 
 PRIORITY_SECONDS = 60.0  # a level of priority is worth so much waiting
+PATIENCE_SECONDS = 0.01  # of a step that has nothing to do but to wait for a grammar: who drives it has other requests
 
 
 class Engine:
@@ -85,9 +87,13 @@ class Engine:
         self._intake = Intake(tokenizer, executor.vocab_size, self.eos_token_ids, context_length, is_endless)
         self._limit = options.window or context_length  # tokens of a sequence
         self._requests: dict[str, list[Request]] = {}  # samples that are unfinished
+        self._compiling: dict[str, Future[list[Grammar]]] = {}  # for requests that wait for theirs
         self._deadlines: list[tuple[float, str]] = []  # a heap
         self._stats = EngineStats()
-        drafter = drafter or _drafter(options)
+        if options.speculation == "ngram":
+            drafter = drafter or NgramDrafter(options.branches)
+        elif options.speculation == "lookahead":
+            drafter = drafter or LookaheadDrafter(options.branches)
         self._speculation = Speculation(drafter, options.max_draft, options.branches, self._limit)
         if options.branches > 1 and drafter is not None and not executor.supports_trees:
             raise RequestError(f"branches={options.branches}: this artifact knows no trees; compile the model again")
@@ -125,24 +131,41 @@ class Engine:
         rank = min(now, due - PRIORITY_SECONDS) - priority * PRIORITY_SECONDS
         try:
             output.prompt_token_ids = self._intake.token_ids(prompt)
-            requests = self._intake.new_requests(output, params, stream, rank)
-            if adapter is not None:
-                _give_adapter(requests, self.adapters.find(adapter))
-            self.scheduler.add(requests[0])
+            its_adapter = None if adapter is None else self.adapters.find(adapter)
+            requests = self._intake.new_requests(output, params, stream, rank, due, its_adapter)
+            if params.structured is not None:
+                self._compiling[request_id] = self._intake.grammars(params)
+            else:
+                self._queue(requests[0])
         except MlcgenError as error:
             for completion in completions:
-                self._end(output, completion, "error", error)
+                output.end(completion, "error", error)
+            self._changed.append(output)
             return output
-        requests[0].is_queued = True
         if params.beam_width:
             new_beam = partial(self._intake.new_beam, output, params, rank)
-            requests[0].search = BeamSearch(requests, params, requests[0].max_tokens, self.scheduler, new_beam)
-        for request in requests:
-            request.due = due
+            requests[0].search = BeamSearch(requests, params, self.scheduler, new_beam)
         self._requests[request_id] = requests
         if deadline is not None:
             heapq.heappush(self._deadlines, (due, request_id))
         return output
+
+    def _queue(self, request: Request) -> None:
+        self.scheduler.add(request)
+        request.is_queued = True
+
+    def _queue_compiled(self) -> None:
+        """Queue requests whose grammars are there by now; a while is waited for one where nothing else is to do."""
+        if self._compiling and not (self._changed or self._started or self.scheduler.has_work):
+            wait(self._compiling.values(), PATIENCE_SECONDS, FIRST_COMPLETED)
+        for request_id in [id for id, grammars in self._compiling.items() if grammars.done()]:
+            grammars, requests = self._compiling.pop(request_id), self._requests[request_id]
+            try:
+                for request, grammar in zip(requests, grammars.result(), strict=True):
+                    request.constrain(grammar)
+                self._queue(requests[0])
+            except MlcgenError as error:
+                self._finish(requests[0], "error", error)
 
     def load_adapter(self, name: str, path: str | Path) -> None:
         """Load a LoRA adapter, as PEFT saves it, for requests to name.
@@ -173,8 +196,9 @@ class Engine:
             self._stats,
             num_saved=self._mover.num_saved,
             num_loaded=self._mover.num_loaded,
+            swap_seconds=self._mover.seconds,
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=len(self.scheduler.waiting) + len(self._compiling),
             num_pages=pool.num_pages,
             num_free_pages=pool.num_free,
             num_idle_pages=pool.num_idle,
@@ -200,6 +224,7 @@ class Engine:
         """
         started = None
         self._end_overdue()
+        self._queue_compiled()
         try:
             started, self._started = self._started or self._start(None), None
             if started is not None:
@@ -231,13 +256,13 @@ class Engine:
             request.is_queued = False
         for request in step.outgrown:
             if self._is_alive(request):
-                self._finish(request, "error", self._outgrown_error(request))
+                self._finish(request, "error", self.scheduler.outgrown_error(request))
         batch = list(filter(self._is_alive, step.batch))  # other beams of one that has outgrown are not
         with concerning(batch):
             self._is_moving = bool(step.transfers)
             self._mover.move(step.transfers)
             self._is_moving = False
-            return self._begin(batch, before) if batch else None
+            return begin(batch, before, self._sampling, self._host_sampling) if batch else None
 
     def _move_windows(self) -> None:
         """Have those that fill their window go on with a part of it."""
@@ -245,30 +270,9 @@ class Engine:
             return
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             if request.num_tokens >= self._limit and request.search is None:
-                sinks, last = self.options.sinks, self._limit // 2 - self.options.sinks
                 self._speculation.forget(request)
                 self.scheduler.restart_one(request)
-                request.move_window(request.tokens[:sinks] + request.tokens[-last:])
-
-    def _begin(self, batch: list[Request], before: Iteration | None) -> Iteration:
-        """Have the executor start the batch."""
-        _mark_scheduled(batch)
-        ready = [request for request in batch if request.reaches_end]  # in the order of the logit rows
-        before_rows = dict(zip(before.ready, before.rows, strict=True)) if before is not None else {}
-        batch_input, sampled_rows, rows = step_input(batch, before_rows, self.executor.page_size)
-        drafts = {request: request.draft for request in ready if request.draft}
-        samplers = [request.sampler for request in ready]
-        is_decode = all(request.is_decoding for request in batch)
-        started = Iteration(batch, ready, batch_input, self._sampling, rows, drafts, time.perf_counter(), is_decode)
-        if not drafts:
-            self._sampling.start(batch_input, samplers, sampled_rows)
-        elif all(sampler.is_argmax and sampler.params.logprobs is None for sampler in samplers):
-            each_row = [request.sampler for request in ready for _ in range(1 + len(request.draft))]
-            self._sampling.start(batch_input, each_row)
-        else:  # which row is the last one that counts is known only when those before it were sampled
-            started.sampling = self._host_sampling
-            self._host_sampling.start_drafts(batch_input, samplers, [request.draft for request in ready])
-        return started
+                request.move_window(self.options.sinks, self._limit // 2)
 
     def _can_look_ahead(self, started: Iteration) -> bool:
         """Whether the next iteration needs nothing of this one but the tokens that it samples."""
@@ -341,9 +345,6 @@ class Engine:
         for request, row in zip(started.ready, started.rows, strict=True):
             if not self._is_alive(request):
                 continue
-            if request.search is not None:
-                self._extend_beam(started, request, request.search, sampled, row)
-                continue
             self._fork_siblings(request)
             draft = started.drafts.get(request, _NO_DRAFT)
             right: list[int] = []  # nodes
@@ -379,38 +380,6 @@ class Engine:
             self._finish(request, "error", self._not_finite_error(started, request))
         return self._is_alive(request)
 
-    def _extend_beam(
-        self, started: Iteration, request: Request, search: BeamSearch, sampled: Sampled, row: int
-    ) -> None:
-        logprobs = sampled.logprobs[row]
-        if not math.isfinite(sampled.maxima[row]) or logprobs is None:
-            return self._finish(request, "error", self._not_finite_error(started, request))
-        self._stats.num_generated_tokens += 1
-        metrics = request.output.metrics
-        metrics.first_token = metrics.first_token or time.monotonic()
-        try:
-            goes_on = search.extend(request, logprobs)
-        except RequestError as error:  # there is no room for as many as there are now
-            return self._finish(request, "error", error)
-        self._requests[request.output.request_id] = search.beams
-        for beam in search.beams:
-            beam.search, beam.due = search, request.due
-        if not goes_on:
-            self._finish_search(request.output, search, "length")
-
-    def _finish_search(
-        self, output: RequestOutput, search: BeamSearch, reason: FinishReason, error: MlcgenError | None = None
-    ) -> None:
-        del self._requests[output.request_id]
-        for beam in search.beams:
-            beam.completion.finish_reason = reason
-            if beam.is_queued:
-                self.scheduler.remove(beam)
-        reasons = search.write(output.outputs, reason)
-        for completion, each in zip(output.outputs, reasons, strict=True):
-            search.beams[0].complete_text(completion, self.tokenizer)
-            self._end(output, completion, each, error)
-
     def _fork_siblings(self, request: Request) -> None:
         """The prompt is in the cache: the other samples can begin."""
         siblings, request.siblings = request.siblings, []
@@ -423,7 +392,10 @@ class Engine:
         self._stats.num_generated_tokens += 1
         if request.output.metrics.first_token is None:
             request.output.metrics.first_token = now
-        reason = request.append(token, logprobs)
+        try:
+            reason = request.append(token, logprobs)
+        except RequestError as error:
+            return self._finish(request, "error", error)
         if reason is not None:
             self._finish(request, reason)
         elif request.streams:
@@ -445,42 +417,29 @@ class Engine:
         return bool(requests)
 
     def _finish(self, request: Request, reason: FinishReason, error: MlcgenError | None = None) -> None:
+        """End one sample of a request, or all beams of its search."""
+        request_id, output, metrics = request.output.request_id, request.output, request.output.metrics
         if request.search is not None:
-            return self._finish_search(request.output, request.search, reason, error)
+            del self._requests[request_id]
+            request.search.finish(reason, error, self.tokenizer)
+            return self._changed.append(output)
         if request.is_queued:
             self.scheduler.remove(request)
-        self._retire(request, reason, error)
-
-    def _retire(self, request: Request, reason: FinishReason, error: MlcgenError | None = None) -> None:
-        """Complete the output of a sample that the scheduler does not have (any more)."""
-        request_id = request.output.request_id
         self._speculation.forget(request)
         self._requests[request_id].remove(request)
         if not self._requests[request_id]:
             del self._requests[request_id]
+            if grammars := self._compiling.pop(request_id, None):
+                grammars.cancel()
         request.complete_text(request.completion, self.tokenizer)
-        metrics = request.output.metrics
         metrics.num_preemptions += request.num_preemptions
         metrics.num_cached_tokens = max(metrics.num_cached_tokens, request.num_cached)
         self._stats.num_preemptions += request.num_preemptions
-        self._end(request.output, request.completion, reason, error)
+        output.end(request.completion, reason, error)
+        if output.finished:
+            self._changed.append(output)
         for sibling in request.siblings:  # they would wait for its prompt for ever
             self._finish(sibling, reason, error)
-
-    def _end(
-        self,
-        output: RequestOutput,
-        completion: CompletionOutput,
-        reason: FinishReason,
-        error: MlcgenError | None = None,
-    ) -> None:
-        output.error = output.error or error
-        completion.finish_reason = reason
-        if output.finished:
-            output.metrics.finished = time.monotonic()
-            output.metrics.num_prompt_tokens = len(output.prompt_token_ids)
-            output.metrics.num_tokens = sum(len(each.token_ids) for each in output.outputs)
-            self._changed.append(output)
 
     def _not_finite_error(self, started: Iteration, request: Request) -> RequestError:
         if self.options.check_numerics:
@@ -489,30 +448,6 @@ class Engine:
         else:
             more = "; check_numerics names the kernel, and `mlcgen verify` checks the artifact"
         return RequestError(f"the model gave NaN or infinite logits after {request.num_tokens} tokens{more}")
-
-    def _outgrown_error(self, request: Request) -> RequestError:
-        return RequestError(
-            f"the sequence has grown to {request.num_tokens} tokens but the KV cache holds {self.scheduler.capacity}; "
-            "lower max_tokens or raise num_pages"
-        )
-
-
-def _drafter(options: EngineOptions) -> Drafter | None:
-    if options.speculation == "ngram":
-        return NgramDrafter(options.branches)
-    return LookaheadDrafter(options.branches) if options.speculation == "lookahead" else None
-
-
-def _give_adapter(requests: list[Request], adapter: Adapter) -> None:
-    for request in requests:
-        request.adapter_slot, request.cache_root = adapter.slot, adapter.cache_root
-
-
-def _mark_scheduled(batch: list[Request]) -> None:
-    now = time.monotonic()
-    for request in batch:
-        if request.output.metrics.scheduled is None:
-            request.output.metrics.scheduled = now
 
 
 _NO_DRAFT = Draft()

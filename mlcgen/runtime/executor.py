@@ -63,12 +63,23 @@ class Executor(Protocol):
         """Copy a page's contents on the device, in the order of steps."""
         ...
 
-    def read_page(self, page: int, to: Uint8) -> None:
-        """A page's contents, as they are after the steps that were begun, to memory of `page_shape`."""
+    def pinned(self, num_bytes: int) -> Uint8:
+        """Host memory for pages that moves fastest, kept as long as the executor; DeviceError where there is none."""
         ...
 
-    def write_page(self, page: int, contents: Uint8) -> None:
-        """What `read_page` gave, into a page, before the next step is begun."""
+    def read_pages(self, pages: Sequence[int], host: Uint8, places: Sequence[int]) -> None:
+        """Copy each page's contents, as they are after the steps that were begun, to its place in the host's memory.
+
+        host: (layers, places, bytes of a page of one layer).
+        """
+        ...
+
+    def write_pages(self, pages: Sequence[int], host: Uint8, places: Sequence[int]) -> None:
+        """What `read_pages` gave, into pages, before the next step is begun."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for the steps that were begun."""
         ...
 
 

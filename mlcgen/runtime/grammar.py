@@ -7,6 +7,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
 from types import ModuleType
@@ -104,15 +105,24 @@ class GrammarCompiler:
     """Compiles for one model: its tokenizer, the size of its vocabulary (the tokenizer may have fewer), its EOS ids.
 
     Safe to call from any thread. The first `compile` takes half a second or more, to read the tokenizer; others a few
-    milliseconds, mostly without the GIL, or up to two seconds for the largest that are allowed. So it is better done
-    where no engine waits for it.
+    milliseconds, mostly without the GIL, or up to two seconds for the largest that are allowed. So an engine has it
+    done by a thread of the compiler's own (`start`).
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
         self._tokenizer, self._vocab_size, self._eos_token_ids = tokenizer, vocab_size, frozenset(eos_token_ids)
-        self._lock = threading.Lock()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
         self._vocabulary: Vocabulary | None = None
         self._compiled: OrderedDict[tuple[str, str], _Compiled] = OrderedDict()
+        self._thread = ThreadPoolExecutor(1, "mlcgen-grammar")
+
+    def start(self, structured: StructuredOutput, count: int) -> "Future[list[Grammar]]":
+        """`count` grammars as of `compile`, when they are there: at once where it was compiled before."""
+        if self._known(structured.kind, structured.source) is None:
+            return self._thread.submit(lambda: [self.compile(structured) for _ in range(count)])
+        done: Future[list[Grammar]] = Future()
+        done.set_result([self.compile(structured) for _ in range(count)])
+        return done
 
     def compile(self, structured: StructuredOutput) -> "Grammar":
         """A request's grammar at its beginning.
@@ -120,13 +130,12 @@ class GrammarCompiler:
         Raises RequestError with llguidance's message if it is not valid or too complex, or llguidance is missing.
         """
         key = structured.kind, structured.source
-        with self._lock:
+        if (known := self._known(*key)) is not None:
+            return Grammar(known)
+        with self._reading:
             if self._vocabulary is None:
                 self._vocabulary = Vocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids)
-            vocabulary, found = self._vocabulary, self._compiled.get(key)
-        if found is not None and not found.is_spoiled:
-            return Grammar(found)
-        compiled = _Compiled(vocabulary, *key)
+        compiled = _Compiled(self._vocabulary, *key)
         grammar = Grammar(compiled)
         grammar.mask()  # fails here rather than at the first token
         with self._lock:
@@ -135,6 +144,11 @@ class GrammarCompiler:
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
         return grammar
+
+    def _known(self, kind: str, source: str) -> "_Compiled | None":
+        with self._lock:
+            found = self._compiled.get((kind, source))
+        return None if found is None or found.is_spoiled else found
 
 
 class Grammar:

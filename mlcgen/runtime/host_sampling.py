@@ -18,6 +18,7 @@ class HostSampling:
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
+        self.page_size = executor.page_size
         self._batch: tuple[StepInput, Sequence[Sampler], Drafts] | None = None
 
     def looks_ahead(self, samplers: Sequence[Sampler]) -> bool:

@@ -1,17 +1,26 @@
 """KV-cache pages by number: who holds which page, and where a token's key and value go. Knows no device."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from mlcgen.runtime.executor import Int32
 
-__all__ = ["BlockTable", "PagePool", "num_pages_for"]
+__all__ = ["BlockTable", "PagePool", "num_pages_for", "stretches"]
 
 
 def num_pages_for(num_tokens: int, page_size: int) -> int:
     """Pages that `num_tokens` tokens fill, the last one perhaps in part."""
     return -(-num_tokens // page_size)
+
+
+def stretches(pages: Sequence[int], places: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(first page, first place, count) of pages that are neighbours, in order, and whose places are too."""
+    begin = 0
+    for i in range(1, len(pages) + 1):
+        if i == len(pages) or (pages[i] - pages[begin], places[i] - places[begin]) != (i - begin, i - begin):
+            yield pages[begin], places[begin], i - begin
+            begin = i
 
 
 class PagePool:

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 from mlcgen.errors import MlcgenError, RequestError
 from mlcgen.runtime.engine import Engine, Prompt
@@ -19,7 +19,10 @@ from mlcgen.runtime.peft import read_adapter
 from mlcgen.runtime.sampler import SamplingParams
 from mlcgen.runtime.tokenizer import Message, Tokenizer
 
-__all__ = ["LLM", "AsyncEngine", "load_engine"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11 on
+
+__all__ = ["LLM", "AsyncEngine", "Serving", "load_engine"]
 
 T = TypeVar("T")
 
@@ -197,6 +200,15 @@ def _as_batch(prompts: Prompt | list[str] | list[list[int]]) -> list[Prompt]:
     return [cast(list[int], prompts)] if is_one else list(cast(list[Prompt], prompts))
 
 
+class Serving(TypedDict, total=False):
+    """How a request is served; what they mean says Engine.add_request."""
+
+    request_id: str | None
+    priority: int
+    deadline: float | None
+    adapter: str | None
+
+
 class AsyncEngine:
     """An artifact served to many asyncio tasks (of any event loop) from one background thread.
 
@@ -230,38 +242,20 @@ class AsyncEngine:
         self.context_length = engine.context_length
 
     def stream(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        deadline: float | None = None,
-        adapter: str | None = None,
+        self, prompt: Prompt, params: SamplingParams | None = None, **how: "Unpack[Serving]"
     ) -> AsyncGenerator[Delta, None]:
         """Complete one prompt, yielding what each step adds; the last delta has `finish_reason` and `output`.
-
-        priority, deadline, adapter: as in Engine.add_request.
 
         Cancelling or leaving the iteration aborts the request. Raises the request's RequestError, after what was
         generated before it, and MlcgenError if the device fails or the engine is closed.
         """
-        how = {"priority": priority, "deadline": deadline, "adapter": adapter}
-        return self._deltas(prompt, params, request_id, stream=True, **how)
+        return self._deltas(prompt, params, True, **how)
 
     async def generate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        deadline: float | None = None,
-        adapter: str | None = None,
+        self, prompt: Prompt, params: SamplingParams | None = None, **how: "Unpack[Serving]"
     ) -> RequestOutput:
         """The whole completion of one prompt. Raises the request's RequestError."""
-        how = {"priority": priority, "deadline": deadline, "adapter": adapter}
-        async for delta in self._deltas(prompt, params, request_id, stream=False, **how):
+        async for delta in self._deltas(prompt, params, False, **how):
             last = delta
         assert last.output is not None
         return last.output
@@ -303,11 +297,16 @@ class AsyncEngine:
         await asyncio.to_thread(self.close)
 
     async def _deltas(
-        self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, **how: Any
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        streams: bool,
+        request_id: str | None = None,
+        **how: Any,
     ) -> AsyncGenerator[Delta, None]:
         request_id = request_id if request_id is not None else f"async-{next(self._ids)}"
         stream = _Stream(request_id, asyncio.get_running_loop())
-        self._submit(partial(self._add, stream, prompt, params, how))
+        self._submit(partial(self._add, stream, prompt, params, {"stream": streams, **how}))
         try:
             while not stream.is_done:
                 delta = await stream.receive()

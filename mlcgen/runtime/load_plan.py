@@ -34,7 +34,7 @@ def load_plan(
 
     plan = read_plan(plan_file)
     check_fit(plan, manifest, weights)
-    device, names = _device(kind), [*function_names(plan), TAKE_TOKENS]
+    device, names = open_device(kind), [*function_names(plan), TAKE_TOKENS]
     if kind == "cuda":
         names += [*device_weights.FUNCTIONS, *device_sampler.FUNCTIONS]
     else:
@@ -80,7 +80,7 @@ def _stream(
     return LayerStream(device, visits, host_layers(device, plan["weights"], weights, layers, memory))
 
 
-def _device(kind: str) -> Device:
+def open_device(kind: str) -> Device:
     if kind == "cuda":
         from mlcgen.runtime.cuda import CudaDevice
 

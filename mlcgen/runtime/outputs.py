@@ -1,5 +1,6 @@
 """What a request gives back. Names and meanings as in vLLM."""
 
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -80,6 +81,15 @@ class RequestOutput:
     @property
     def finished(self) -> bool:
         return all(output.finish_reason is not None for output in self.outputs)
+
+    def end(self, completion: CompletionOutput, reason: FinishReason, error: MlcgenError | None = None) -> None:
+        """One of `outputs` has ended. The first error of them is the request's."""
+        self.error = self.error or error
+        completion.finish_reason = reason
+        if self.finished:
+            self.metrics.finished = time.monotonic()
+            self.metrics.num_prompt_tokens = len(self.prompt_token_ids)
+            self.metrics.num_tokens = sum(len(each.token_ids) for each in self.outputs)
 
     @property
     def text(self) -> str:

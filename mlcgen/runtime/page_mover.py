@@ -1,9 +1,12 @@
 """Pages of preempted sequences, to the host and back, where that is sooner done than computing them anew."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
 
 from mlcgen.runtime.executor import Executor
-from mlcgen.runtime.host_pages import HostPages
+from mlcgen.runtime.host_pages import FilePages, MemoryPages
 from mlcgen.runtime.options import EngineOptions
 from mlcgen.runtime.scheduler import Sequence, Transfer
 from mlcgen.runtime.stats import Rates
@@ -22,23 +25,39 @@ class PageMover:
         self.num_host_pages = min(options.swap_bytes // (layers * layer_bytes), SAVED_PER_PAGE * executor.num_pages)
         self.rates = Rates()
         self.num_saved = self.num_loaded = 0
+        self.seconds = 0.0  # that these took
         self._executor = executor
-        self._host_pages = HostPages(self.num_host_pages, layers, layer_bytes, options.swap_file)
+        self._host_pages: MemoryPages | FilePages = (
+            MemoryPages(executor)
+            if options.swap_file is None
+            else FilePages(executor, self.num_host_pages, options.swap_file)
+        )
 
     def move(self, transfers: list[Transfer]) -> None:
-        """Copy pages on the device, to the host and back."""
-        begun, before = time.perf_counter(), self.num_saved + self.num_loaded
-        for transfer in transfers:
-            if transfer.kind == "copy":
-                self._executor.copy_page(transfer.source, transfer.to)
-            elif transfer.kind == "save":
-                self._executor.read_page(transfer.source, self._host_pages[transfer.to])
-                self.num_saved += 1
+        """Copy pages on the device, to the host and back; those of a kind that follow each other together."""
+        for kind, group in groupby(transfers, key=lambda transfer: transfer.kind):
+            sources, targets = zip(*((transfer.source, transfer.to) for transfer in group), strict=True)
+            if kind == "copy":
+                for source, to in zip(sources, targets, strict=True):
+                    self._executor.copy_page(source, to)
+            elif kind == "save":
+                self._host_pages.reserve(targets)
+                with self._measured(len(sources)):
+                    self._host_pages.save(sources, targets)
+                self.num_saved += len(sources)
             else:
-                self._executor.write_page(transfer.to, self._host_pages[transfer.source])
-                self.num_loaded += 1
-        if num_moved := self.num_saved + self.num_loaded - before:
-            self.rates.moved(num_moved, time.perf_counter() - begun)
+                with self._measured(len(sources)):
+                    self._host_pages.load(sources, targets)
+                self.num_loaded += len(sources)
+
+    @contextmanager
+    def _measured(self, num_pages: int) -> Iterator[None]:
+        self._executor.synchronize()  # steps under way are not what is measured
+        begun = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begun
+        self.seconds += seconds
+        self.rates.moved(num_pages, seconds)
 
     def prefers_saving(self, sequence: Sequence) -> bool:
         """Whether a sequence's pages are sooner saved and brought back than computed anew."""

@@ -1,6 +1,5 @@
 """Adapters as PEFT saves them, a folder with adapter_config.json and adapter_model.safetensors, read strictly."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from mlcgen import safetensors
 from mlcgen.adapter_layout import AdapterLayout, AdapterLimits, ProjectionGroup, num_tiles
 from mlcgen.errors import CheckpointError, UnsupportedError
 from mlcgen.formats import TILE
+from mlcgen.json_file import read_object
 from mlcgen.safetensors import Entry
 
 __all__ = ["Matrices", "read_adapter"]
@@ -75,18 +75,9 @@ def read_adapter(path: str | Path, layout: AdapterLayout) -> Matrices:
 
 
 def _read_config(file: Path) -> _Config:
-    try:
-        with file.open("rb") as stream:
-            text = stream.read(MAX_CONFIG + 1)
-        fields = json.loads(text.decode("utf-8")) if len(text) <= MAX_CONFIG else None
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{file.parent} is no adapter: it has no {CONFIG}; name a folder that PEFT saved"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {file}: {str(error)[:80]}") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{file} is not a JSON object of at most {MAX_CONFIG} bytes")
+    if not file.exists():
+        raise CheckpointError(f"{file.parent} is no adapter: it has no {CONFIG}; name a folder that PEFT saved")
+    fields = read_object(file, CheckpointError, "save the adapter again", MAX_CONFIG)
     _check_plain(file, fields)
     rank, alpha = fields.get("r"), fields.get("lora_alpha")
     if not _is_rank(rank):

@@ -18,6 +18,7 @@ from mlcgen.errors import RequestError
 from mlcgen.runtime.check_numerics import described, is_finite
 from mlcgen.runtime.device import Address, Device
 from mlcgen.runtime.executor import Float32, Int32, StepInput, Uint8
+from mlcgen.runtime.kv_cache import stretches
 from mlcgen.runtime.layer_stream import LayerStream
 from mlcgen.runtime.pinned import PinnedRows, power_of_two
 from mlcgen.runtime.plan import ITEM_BYTES
@@ -126,17 +127,31 @@ class PlanExecutor:
         for pages in self._pages:
             self.device.copy(pages + to * num_bytes, pages + source * num_bytes, num_bytes)
 
-    def read_page(self, page: int, to: Uint8) -> None:
-        """See Executor.read_page."""
-        for layer, pages in zip(to, self._pages, strict=True):
-            self.device.download(layer, pages + page * self.page_shape[1])
+    def pinned(self, num_bytes: int) -> Uint8:
+        """See Executor.pinned."""
+        return self.device.pinned(num_bytes)
+
+    def read_pages(self, pages: Sequence[int], host: Uint8, places: Sequence[int]) -> None:
+        """See Executor.read_pages."""
+        for held, address in self._page_copies(pages, host, places):
+            self.device.download(held, address)
         self.device.synchronize()
 
-    def write_page(self, page: int, contents: Uint8) -> None:
-        """See Executor.write_page."""
-        for layer, pages in zip(contents, self._pages, strict=True):
-            self.device.upload(pages + page * self.page_shape[1], layer)
+    def write_pages(self, pages: Sequence[int], host: Uint8, places: Sequence[int]) -> None:
+        """See Executor.write_pages."""
+        for held, address in self._page_copies(pages, host, places):
+            self.device.upload(address, held)
         self.device.synchronize()  # the contents may change afterwards
+
+    def _page_copies(self, pages: Sequence[int], host: Uint8, places: Sequence[int]) -> Iterator[tuple[Uint8, Address]]:
+        """Memory of the host and of the device for each layer of pages that are neighbours in both."""
+        for page, place, count in stretches(pages, places):
+            for held, layer in zip(host, self._pages, strict=True):
+                yield held[place : place + count], layer + page * self.page_shape[1]
+
+    def synchronize(self) -> None:
+        """See Executor.synchronize."""
+        self.device.synchronize()
 
     def launched(self, batch: StepInput, **more: Int32 | None) -> Step:
         """The batch's step, begun. more: inputs beside the batch's, of shapes `more_inputs`."""

@@ -2,12 +2,14 @@
 
 import math
 import sys
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mlcgen.errors import RequestError
+from mlcgen.runtime.adapters import Adapter
 from mlcgen.runtime.grammar import Grammar, GrammarCompiler
 from mlcgen.runtime.outputs import CompletionOutput, FinishReason, RequestOutput
 from mlcgen.runtime.sampler import Sampler, SamplingParams
@@ -36,7 +38,6 @@ class Request(Sequence):
         stop_ids: frozenset[int],
         max_tokens: int,
         rank: float,
-        grammar: Grammar | None,
     ) -> None:
         super().__init__(output.prompt_token_ids, rank)
         self.output = output
@@ -50,14 +51,20 @@ class Request(Sequence):
         self.is_queued = False  # whether the scheduler has it
         self.siblings: list[Request] = []  # other samples, which begin when this one's prompt is in the cache
         self.acceptance = Acceptance()
-        self.sampler = Sampler(params, self.tokens, stop_ids, grammar)
+        self.sampler = Sampler(params, self.tokens, stop_ids)
         self.stops = StopMatcher(params.stop_strings, params.include_stop_str_in_output)
         self.decoder: IncrementalDecoder | None = None  # None: the text is wanted only at the end
         self.streams = False
         self.search: BeamSearch | None = None  # that it is a beam of
 
+    def constrain(self, grammar: Grammar) -> None:
+        """Before its first token: all of its text is what the grammar allows."""
+        self.sampler = Sampler(self.params, self.tokens, self.stop_ids, grammar)
+
     def append(self, token: int, logprobs: dict[int, float] | None) -> FinishReason | None:
-        """The next token; returns why it is the last one, if it is."""
+        """The next token; returns why it is the last one, if it is. Raises RequestError as BeamSearch.extend."""
+        if self.search is not None:
+            return self.search.extend(self, logprobs or {})
         completion = self.completion
         if completion.logprobs is not None and logprobs is not None:
             completion.logprobs.append(logprobs)
@@ -87,11 +94,11 @@ class Request(Sequence):
             shown = completion.token_ids[:-1] if stopped_by_token else completion.token_ids
             completion.text = tokenizer.decode(shown, self.params.skip_special_tokens)
 
-    def move_window(self, kept: list[int]) -> None:
-        """Go on from these tokens, the last ones of the text among them, as if there had been no others."""
-        self.tokens[:] = kept
-        self.num_tokens = len(kept)
-        self.num_before = len(kept) - len(self.completion.token_ids)
+    def move_window(self, sinks: int, kept: int) -> None:
+        """Go on from so many tokens, of which `sinks` are the first ones, as if there had been no others."""
+        del self.tokens[sinks : len(self.tokens) - (kept - sinks)]
+        self.num_tokens = kept
+        self.num_before = kept - len(self.completion.token_ids)
 
     @property
     def num_wanted(self) -> int:
@@ -119,7 +126,7 @@ class Intake:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._eos_token_ids, self._context_length = eos_token_ids, context_length
         self._is_endless = is_endless
-        self._grammars: GrammarCompiler | None = None  # made when a request wants structure
+        self._compiler: GrammarCompiler | None = None  # made when a request wants structure
 
     def token_ids(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
@@ -128,8 +135,24 @@ class Intake:
             raise RequestError("the artifact has no tokenizer; give the prompt as token ids")
         return self._tokenizer.encode(prompt)
 
-    def new_requests(self, output: RequestOutput, params: SamplingParams, stream: bool, rank: float) -> list[Request]:
+    def new_requests(
+        self,
+        output: RequestOutput,
+        params: SamplingParams,
+        stream: bool,
+        rank: float,
+        due: float,
+        adapter: Adapter | None,
+    ) -> list[Request]:
         """One for each sample; the first one has the others as siblings."""
+        requests = self._new_samples(output, params, stream, rank)
+        for request in requests:
+            request.due = due
+            if adapter is not None:
+                request.adapter_slot, request.cache_root = adapter.slot, adapter.cache_root
+        return requests
+
+    def _new_samples(self, output: RequestOutput, params: SamplingParams, stream: bool, rank: float) -> list[Request]:
         self._check_prompt(len(output.prompt_token_ids))
         self._check_params(params)
         if max(params.n, params.beam_width) > 1 and stream:
@@ -144,6 +167,15 @@ class Intake:
             samples.append(self._new_request(output, completion, its_params, stream, rank, self._is_endless))
         samples[0].siblings = samples[1:]
         return samples
+
+    def grammars(self, params: SamplingParams) -> "Future[list[Grammar]]":
+        """One for each sample, or why there are none: compiling them takes longer than a step."""
+        assert params.structured is not None
+        if self._tokenizer is None:
+            raise RequestError("structured output needs a tokenizer, which the artifact lacks")
+        if self._compiler is None:
+            self._compiler = GrammarCompiler(self._tokenizer, self._vocab_size, self._eos_token_ids)
+        return self._compiler.start(params.structured, params.n)
 
     def new_beam(self, output: RequestOutput, params: SamplingParams, rank: float) -> Request:
         """A beam of a request; its completion is none of the output's yet."""
@@ -165,7 +197,7 @@ class Intake:
             room = sys.maxsize
         stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self._eos_token_ids)
         max_tokens = min(room, params.max_tokens or room)
-        request = Request(output, completion, params, stop_ids, max_tokens, rank, self._grammar(params))
+        request = Request(output, completion, params, stop_ids, max_tokens, rank)
         if params.logprobs is not None:
             completion.logprobs = []
         request.eos_token_ids = self._eos_token_ids
@@ -173,15 +205,6 @@ class Intake:
             request.decoder = IncrementalDecoder(self._tokenizer, params.skip_special_tokens)
         request.streams = stream
         return request
-
-    def _grammar(self, params: SamplingParams) -> Grammar | None:
-        if params.structured is None:
-            return None
-        if self._tokenizer is None:
-            raise RequestError("structured output needs a tokenizer, which the artifact lacks")
-        if self._grammars is None:
-            self._grammars = GrammarCompiler(self._tokenizer, self._vocab_size, self._eos_token_ids)
-        return self._grammars.compile(params.structured)
 
     def _check_prompt(self, num_tokens: int) -> None:
         if not num_tokens:

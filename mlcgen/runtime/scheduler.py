@@ -223,6 +223,13 @@ class Scheduler(Generic[S]):
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
+    def outgrown_error(self, sequence: S) -> RequestError:
+        """What to tell the one who asked for a sequence that has outgrown the pool."""
+        return RequestError(
+            f"the sequence has grown to {sequence.num_tokens} tokens but the KV cache holds {self.capacity}; "
+            "lower max_tokens or raise num_pages"
+        )
+
     @property
     def capacity(self) -> int:
         """Tokens that the whole pool holds."""

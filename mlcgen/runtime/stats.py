@@ -16,6 +16,7 @@ class EngineStats:
     num_preemptions: int = 0  # of requests that have ended
     num_saved: int = 0  # pages copied to the host
     num_loaded: int = 0  # and back
+    swap_seconds: float = 0.0  # spent on that
     num_drafted: int = 0  # tokens that were guessed
     num_accepted: int = 0  # and right
     policy_seconds: float = 0.0  # spent in the scheduler

@@ -170,15 +170,24 @@ class VmExecutor:
         for pages in self._page_bytes:
             pages[to] = pages[source]
 
-    def read_page(self, page: int, to: Uint8) -> None:
-        """See Executor.read_page."""
-        for layer, pages in zip(to, self._page_bytes, strict=True):
-            layer[:] = pages[page]
+    def pinned(self, num_bytes: int) -> Uint8:
+        """See Executor.pinned. Any memory, which is used only once it is written to."""
+        return np.zeros(num_bytes, np.uint8)
 
-    def write_page(self, page: int, contents: Uint8) -> None:
-        """See Executor.write_page."""
-        for layer, pages in zip(contents, self._page_bytes, strict=True):
-            pages[page] = layer
+    def read_pages(self, pages: Sequence[int], host: Uint8, places: Sequence[int]) -> None:
+        """See Executor.read_pages."""
+        for held, layer in zip(host, self._page_bytes, strict=True):
+            for page, place in zip(pages, places, strict=True):
+                held[place] = layer[page]
+
+    def write_pages(self, pages: Sequence[int], host: Uint8, places: Sequence[int]) -> None:
+        """See Executor.write_pages."""
+        for held, layer in zip(host, self._page_bytes, strict=True):
+            for page, place in zip(pages, places, strict=True):
+                layer[page] = held[place]
+
+    def synchronize(self) -> None:
+        """See Executor.synchronize. A step ends before `step` does."""
 
     def write_adapter(self, slot: int, matrices: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> None:
         """See AdaptedExecutor.write_adapter."""

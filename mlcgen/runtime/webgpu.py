@@ -256,7 +256,7 @@ class WebgpuDevice:
 
         downloads = self._downloads
         if downloads.staging is None or downloads.staging.size < downloads.end + num_bytes:
-            size = -(-(downloads.end + num_bytes) // SLOT) * SLOT
+            size = max(SLOT, 1 << (downloads.end + num_bytes - 1).bit_length())  # else it grows with each copy
             self.synchronize()
             usage = wgpu.BufferUsage.MAP_READ | wgpu.BufferUsage.COPY_DST
             self._downloads.staging = self._device.create_buffer(size=size, usage=usage)

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from mlcgen.bench.run import Options, bench
+from mlcgen.bench.contestants import Options
+from mlcgen.bench.run import bench
 
 
 def test_an_artifact_against_the_machine(small_artifact: Path) -> None:

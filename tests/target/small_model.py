@@ -63,5 +63,6 @@ class LogitsOnly:
         self.vocab_size, self.max_tokens_per_step = executor.vocab_size, executor.max_tokens_per_step
         self.page_shape, self.copy_page = executor.page_shape, executor.copy_page
         self.supports_trees = executor.supports_trees
-        self.read_page, self.write_page = executor.read_page, executor.write_page
+        self.read_pages, self.write_pages = executor.read_pages, executor.write_pages
+        self.pinned, self.synchronize = executor.pinned, executor.synchronize
         self.supports_trees = executor.supports_trees

@@ -146,7 +146,7 @@ def test_the_kernel_that_gives_nan_is_named(compiled: Callable[..., Path]) -> No
 def test_streamed_layers_give_the_same_tokens(compiled: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The fewest that there can be from the host's memory, and all of them from the file."""
     path = compiled("bf16", 5)
-    monkeypatch.setattr(load_plan, "_device", lambda kind: EmulatedDevice())
+    monkeypatch.setattr(load_plan, "open_device", lambda kind: EmulatedDevice())
     plan = read_plan(path / "lib" / "cuda-sm_80.plan")
     sizes = {name: padded_bytes(spec) for name, spec in plan["weights"].items()}
     num_bytes = sum(sizes.values())

@@ -1,6 +1,7 @@
 """`mlcgen bench` with engines of a few lines in the place of real ones; no figure is a measurement."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -9,15 +10,21 @@ from typing import Any
 
 import pytest
 
-from mlcgen.bench import process
+from mlcgen.bench import link, process
+from mlcgen.bench.contestants import Contestant, Options
 from mlcgen.bench.engines import PEERS
+from mlcgen.bench.link import open_link_probe
 from mlcgen.bench.process import Worker
-from mlcgen.bench.run import PROBES, Contestant, Options, bench, ratios, sizes, summaries
+from mlcgen.bench.result import read_results
+from mlcgen.bench.run import PROBES, bench, sizes
+from mlcgen.bench.summary import ratios, summaries
 from mlcgen.bench.table import footer, tables
 from mlcgen.bench.work import DecodeReads
 from mlcgen.checkpoint.source import gguf_file
 from mlcgen.cli import main
 from mlcgen.errors import BenchError, TargetError
+
+from .fake_driver import install_cuda
 
 # Answers as a worker does; peers are twice as fast.
 ENGINE = """
@@ -35,11 +42,16 @@ for line in sys.stdin:
         sizes = {str(size): 1e9 for size in request["sizes"]}
         answer({"bytes_per_s": sizes, "ops_per_s": {"float32": 1e10, "int8": 4e10}})
         continue
+    if spec["engine"] == "link probe":
+        assert spec["file"].endswith("weights/model.safetensors")
+        answer(4e9)
+        continue
     speed = 1 if spec["engine"] == "mlcgen" else 2
     tokens = sum(map(len, request["prompts"]))
     assert tokens + request["tokens"] * len(request["prompts"]) <= spec["context"], (tokens, request["tokens"], spec)
     decode = 10.0 * speed if request["tokens"] > 1 else None
-    answer({"first_token_s": tokens / 100 / speed, "decode_tokens_per_s": decode})
+    streamed = {"streamed_bytes_per_step": 3 << 20, "streamed_bytes_per_s": 1e9} if spec.get("weight_memory") else {}
+    answer({"first_token_s": tokens / 100 / speed, "decode_tokens_per_s": decode} | streamed)
 """
 MANIFEST: dict[str, Any] = {
     "schema_version": 2,
@@ -113,8 +125,8 @@ def with_more_targets(artifact: Path) -> Path:
 def fake_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "COMMAND", [sys.executable, "-c", ENGINE])
     monkeypatch.setattr(process, "REST_S", 0.001)
-    monkeypatch.setattr("mlcgen.bench.run._require", lambda peer: None)
-    monkeypatch.setattr("mlcgen.bench.run.gguf_reads", lambda file, kv: DecodeReads(5000, 256))
+    monkeypatch.setattr("mlcgen.bench.contestants._require", lambda peer: None)
+    monkeypatch.setattr("mlcgen.bench.contestants.gguf_reads", lambda file, kv: DecodeReads(5000, 256))
 
 
 @pytest.fixture
@@ -187,6 +199,40 @@ def test_the_tables(result: dict[str, Any]) -> None:
     text = "\n".join(footer(result))
     assert "10 GFLOP/s float32, 40 Gop/s int8" in text
     assert "decode of a batch: it was compiled for 4 sequences at most, not 8" in text
+
+
+def test_streamed_weights(
+    artifact: Path, tmp_path: Path, fake_engines: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m.gguf").touch()
+    peer = ["--peer", "llama.cpp", "--peer-model", str(tmp_path / "m.gguf")]
+    line = ["bench", str(artifact), *peer, "--prompt", "16", "--tokens", "4", "--repeat", "2", "--threads", "1"]
+    files = ["--json", str(tmp_path / "out.json"), "--html", str(tmp_path / "out.html")]
+    assert main([*line, "--weight-memory", "2GiB", *files]) == 0
+    (result,) = read_results([tmp_path / "out.json"])
+    ours, theirs = result["engines"]
+    assert ours["metrics"]["streamed_bytes_per_step"]["median"] == 3 << 20
+    assert (ours["achieved"]["streamed_bytes_per_s"], ours["achieved"]["link_share"]) == (1e9, 0.25)
+    assert not {"streamed_bytes_per_s", "link_share"} & theirs["achieved"].keys()
+    streaming = tables(result)[2]
+    assert streaming[1] == [[str(artifact), "3.0 MiB", "1.0 (25%)"]]
+    assert "4.0 GB/s over the link" in capsys.readouterr().out
+    assert "weights in\n2GiB" in (tmp_path / "out.html").read_text()
+    assert main([*line, "--weight-memory", "much"]) == 1
+    assert "much" in capsys.readouterr().err
+
+
+def test_the_rate_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(bytes(1 << 20))
+    assert 0 < open_link_probe("cpu", str(tmp_path / "weights"))() < math.inf
+
+
+def test_the_rate_of_copies_to_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    driver = install_cuda(monkeypatch, tmp_path)
+    monkeypatch.setattr(link, "COPY", 4096)
+    assert 0 < open_link_probe("cuda", "")() < math.inf
+    assert driver.logged("cuMemcpyHtoDAsync_v2") == ["cuMemcpyHtoDAsync_v2 4096"] * 3 * link.COPIES
+    assert "cuMemHostAlloc 4096 0" in driver.log, "from memory that is pinned"
 
 
 def test_every_target_is_a_row(with_more_targets: Path, fake_engines: None) -> None:

@@ -4,7 +4,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -33,8 +33,12 @@ class Alphabet:
         return np.eye(self.vocab_size, dtype=np.float32)[(batch.input_ids[batch.logit_rows] + 1) % self.vocab_size] * 9
 
     def copy_page(self, source: int, to: int) -> None: ...
-    def read_page(self, page: int, to: Uint8) -> None: ...
-    def write_page(self, page: int, contents: Uint8) -> None: ...
+    def pinned(self, num_bytes: int) -> Uint8:
+        return np.zeros(num_bytes, np.uint8)
+
+    def read_pages(self, pages: Sequence[int], host: Uint8, places: Sequence[int]) -> None: ...
+    def write_pages(self, pages: Sequence[int], host: Uint8, places: Sequence[int]) -> None: ...
+    def synchronize(self) -> None: ...
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlcgen.errors import DeviceError, RequestError
+from mlcgen.errors import RequestError
 from mlcgen.runtime.draft_model import ModelDrafter
 from mlcgen.runtime.engine import Engine
-from mlcgen.runtime.host_pages import HostPages
 from mlcgen.runtime.ngram import NgramIndex
 from mlcgen.runtime.options import EngineOptions
 from mlcgen.runtime.sampler import SamplingParams
@@ -201,15 +201,15 @@ def test_pages_are_saved_and_come_back() -> None:
 def test_a_failure_while_pages_are_saved_loses_none_of_what_they_hold() -> None:
     requests = [(prompt_of(20, seed), greedy(30)) for seed in range(4)]
     engine = make_engine(num_pages=24, options=EngineOptions(swap_bytes=1 << 20))
-    read, failures = engine.executor.read_page, []
+    read, failures = engine.executor.read_pages, []
 
-    def fails_once(page: int, to: np.ndarray) -> None:
+    def fails_once(pages: Sequence[int], host: np.ndarray, places: Sequence[int]) -> None:
         if not failures:
-            failures.append(page)
+            failures.append(pages)
             raise OSError("no answer")
-        read(page, to)
+        read(pages, host, places)
 
-    engine.executor.read_page = fails_once  # type: ignore[method-assign]
+    engine.executor.read_pages = fails_once  # type: ignore[method-assign]
     outputs = [engine.add_request(str(i), *request, stream=False) for i, request in enumerate(requests)]
     while engine.has_unfinished:
         engine.step()
@@ -221,25 +221,6 @@ def test_a_failure_while_pages_are_saved_loses_none_of_what_they_hold() -> None:
     for output, tokens in zip(outputs, expected, strict=True):
         assert output.error or output.token_ids == tokens
     assert engine.pool.num_free == engine.pool.num_pages
-
-
-def test_saved_pages_are_bit_exact(tmp_path: Path) -> None:
-    contents = np.random.default_rng(0).integers(0, 256, (3, 5, 64), dtype=np.uint8)
-    for file in (None, tmp_path / "swap"):
-        pages = HostPages(3, 5, 64, file)
-        for i in (2, 0, 1):
-            pages[i][:] = contents[i]
-        assert all((pages[i] == contents[i]).all() for i in range(3))
-    assert list(tmp_path.iterdir()) == [], "the file has no name while it is used"
-
-
-def test_a_swap_file_that_cannot_be_made(tmp_path: Path) -> None:
-    with pytest.raises(DeviceError, match=r"cannot make the swap file .*none.*; choose another swap_file"):
-        HostPages(1, 1, 1, tmp_path / "none" / "swap")
-    (taken := tmp_path / "taken").write_text("mine")
-    with pytest.raises(DeviceError, match="cannot make the swap file"):
-        HostPages(1, 1, 1, taken)
-    assert taken.read_text() == "mine"
 
 
 def finishing_order(engine: Engine) -> list[str]:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 from mlcgen.errors import RequestError
 from mlcgen.runtime.engine import Engine
-from mlcgen.runtime.grammar import Grammar, StructuredOutput
+from mlcgen.runtime.grammar import Grammar, GrammarCompiler, StructuredOutput
 from mlcgen.runtime.options import EngineOptions
 from mlcgen.runtime.outputs import RequestOutput
 from mlcgen.runtime.sampler import SamplingParams
@@ -109,6 +111,72 @@ def test_what_is_not_valid_fails_alone(tokenizer: Tokenizer) -> None:
     assert right.error is None
     (none,) = generate(make_engine(), params(structured=StructuredOutput(choice=["a"])))
     assert "structured output needs a tokenizer" in str(none.error)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Grammars are not compiled before it is set."""
+    compiles, gate = GrammarCompiler.compile, threading.Event()
+
+    def waits(compiler: GrammarCompiler, structured: StructuredOutput) -> Grammar:
+        known = compiler._known(structured.kind, structured.source) is not None
+        assert known or gate.wait(60)
+        return compiles(compiler, structured)
+
+    monkeypatch.setattr(GrammarCompiler, "compile", waits)
+    yield gate
+    gate.set()
+
+
+def test_others_go_on_while_a_grammar_is_compiled(tokenizer: Tokenizer, gate: threading.Event) -> None:
+    engine = make_engine(tokenizer)
+    structured = engine.add_request("structured", prompt_of(5), params(structured=StructuredOutput(choice=["fox"])))
+    plain = engine.add_request("plain", prompt_of(6), params(ignore_eos=True))
+    while not plain.finished:
+        engine.step()
+    assert len(plain.token_ids) == 180
+    assert engine.stats().num_waiting == 1
+    assert engine.step() == [], "which comes back, though there is nothing to do"
+    gate.set()
+    while not structured.finished:
+        engine.step()
+    assert structured.text == "fox"
+    assert structured.error is None
+
+
+def test_what_was_compiled_before_waits_for_no_thread(tokenizer: Tokenizer, gate: threading.Event) -> None:
+    engine, known = make_engine(tokenizer), params(structured=StructuredOutput(choice=["dog"]))
+    gate.set()
+    generate(engine, known)
+    gate.clear()
+    engine.add_request("slow", prompt_of(5), params(structured=StructuredOutput(choice=["fox"])))
+    output = engine.add_request("known", prompt_of(5), known, stream=False)
+    for _ in range(20):
+        engine.step()
+    assert output.text == "dog"
+    engine.abort("slow")
+
+
+def test_ending_requests_whose_grammars_are_compiled(tokenizer: Tokenizer, gate: threading.Event) -> None:
+    engine = make_engine(tokenizer)
+    choices = ["dog", "fox", "lazy"]
+    outputs = [
+        engine.add_request(text, prompt_of(5), params(structured=StructuredOutput(choice=[text]), n=2), stream=False)
+        for text in choices[:2]
+    ]
+    late = engine.add_request("lazy", [1], params(structured=StructuredOutput(choice=["lazy"])), deadline=0.0)
+    assert engine.abort("dog")
+    assert engine.abort("fox")
+    assert engine.step() == [*outputs, late]
+    assert [output.finish_reason for output in (*outputs, late)] == ["abort", "abort", "timeout"]
+    assert not engine.has_unfinished
+    assert engine.stats().num_waiting == 0
+    assert engine._intake._compiler is not None
+    gate.set()
+    (again,) = generate(engine, params(structured=StructuredOutput(choice=["fox"])))  # the thread is free again
+    assert again.text == "fox"
+    held = {source for _, source in engine._intake._compiler._compiled}
+    assert json.dumps(["lazy"]) not in held, "nobody waited for it any more when its turn came"
 
 
 def test_a_grammar_that_breaks_later_fails_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """A tiny real model that attends through its pages, and engines on it."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,11 +67,16 @@ class NumpyExecutor:
     def copy_page(self, source: int, to: int) -> None:
         self.pages[to] = self.pages[source]
 
-    def read_page(self, page: int, to: np.ndarray) -> None:
-        to[0] = self.pages[page].reshape(-1).view(np.uint8)
+    def pinned(self, num_bytes: int) -> np.ndarray:
+        return np.zeros(num_bytes, np.uint8)
 
-    def write_page(self, page: int, contents: np.ndarray) -> None:
-        self.pages[page] = contents[0].view(np.float64).reshape(self.pages.shape[1:])
+    def read_pages(self, pages: Sequence[int], host: np.ndarray, places: Sequence[int]) -> None:
+        host[0, places] = self.pages[list(pages)].reshape(len(pages), -1).view(np.uint8)
+
+    def write_pages(self, pages: Sequence[int], host: np.ndarray, places: Sequence[int]) -> None:
+        self.pages[list(pages)] = host[0, places].view(np.float64).reshape(-1, *self.pages.shape[1:])
+
+    def synchronize(self) -> None: ...
 
     def attend(self, batch: StepInput, s: int) -> Any:
         rows = range(batch.query_start[s], batch.query_start[s + 1])
