@@ -5,6 +5,7 @@ this CPU. Medians of turns; a table per case. Prompts are token ids of tests/dat
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mlcgen
+from mlcgen.artifact import read_manifest
 from mlcgen.runtime.draft_model import ModelDrafter
 from mlcgen.runtime.engine import Engine
 from mlcgen.runtime.grammar import StructuredOutput
@@ -63,10 +65,15 @@ class Server:
         return Engine(loaded.executor, loaded.tokenizer, loaded.eos_token_ids, *sizes, chosen, drafter)
 
 
-def serve(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> tuple[list[RequestOutput], float]:
+def serve(
+    engine: Engine, requests: list[tuple[list[int], SamplingParams]], adapters: list[str | None] | None = None
+) -> tuple[list[RequestOutput], float]:
     """All requests at once; (outputs, seconds)."""
-    begun = time.perf_counter()
-    outputs = [engine.add_request(str(i), *request, stream=False) for i, request in enumerate(requests)]
+    begun, names = time.perf_counter(), adapters or [None] * len(requests)
+    outputs = [
+        engine.add_request(str(i), *request, stream=False, adapter=name)
+        for i, (request, name) in enumerate(zip(requests, names, strict=True))
+    ]
     while engine.has_unfinished:
         engine.step()
     assert not any(output.error for output in outputs)
@@ -348,6 +355,38 @@ def moving_pages(server: Server) -> list[Row]:
     return rows
 
 
+def adapters(server: Server) -> list[Row]:
+    """Generated tokens/s of 1 to 32 requests without adapters, with one that all have, and with as many as there is
+    room for, turn by turn. The artifact must have been compiled with --lora-rank."""
+    engine, text, rows = server.engine(prefix_cache=False), real_tokens(), []
+    layout = engine.adapters.layout
+    random = np.random.default_rng(0)
+    arrays = [
+        (random.standard_normal(shape[1:]) * 0.01).astype(layout.limits.dtype) for shape in layout.buffers.values()
+    ]
+    names = [str(slot) for slot in range(layout.limits.slots)]
+    for name in names:  # what is in them makes no difference
+        engine.adapters.load(name, list(zip(arrays[::2], arrays[1::2], strict=True)))
+    for count in (1, 4, 8, 16, 32):
+        requests = [(text[start : start + 16], greedy(128)) for start in range(0, 16 * count, 16)]
+
+        def run(given: list[str | None], requests: Any = requests) -> float:
+            named = list(itertools.islice(itertools.cycle(given), len(requests)))
+            _, seconds = serve(engine, requests, named)
+            return 128 * len(requests) / seconds
+
+        cases: dict[str, list[str | None]] = {"none": [None], "one": ["0"]}
+        if count > 1:
+            cases |= {"half of them one": ["0", None], f"{min(count, len(names))} of them": [*names]}
+        rates = in_turns({name: lambda given=given: run(given) for name, given in cases.items()})  # type: ignore[misc]
+        for name, rate in rates.items():
+            ratio = f"{rate / rates['none']:.2f}"
+            rows.append({"requests": str(count), "adapters": name, "tokens/s": f"{rate:.1f}", "ratio": ratio})
+    for name in names:
+        engine.unload_adapter(name)
+    return rows
+
+
 def aborts(server: Server) -> list[Row]:
     """24 aborts a second while 16 requests run, for ten seconds: pages held at the end."""
     text, engine = real_tokens(), server.engine()
@@ -379,6 +418,7 @@ CASES = {
     "page waste": waste,
     "swapping": swapping,
     "moving pages": moving_pages,
+    "adapters": adapters,
     "aborts": aborts,
 }
 
@@ -396,10 +436,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = arguments.artifact
         if path is None:
-            path, options = Path(folder) / "smollm2", {"page_size": arguments.page_size, "max_batch": 64}
+            path = Path(folder) / "smollm2"
+            options = {"page_size": arguments.page_size, "max_batch": 64, "lora_rank": 16}
             mlcgen.compile("smollm2-135m", ["cpu"], arguments.quantization, path, **options)
         server = Server(path, arguments.target, arguments.draft_model, num_pages=arguments.num_pages)
-        for name in arguments.case or CASES:
+        takes_adapters = "adapters" in read_manifest(path)
+        for name in arguments.case or [name for name in CASES if name != "adapters" or takes_adapters]:
             rows = CASES[name](server)
             table = Table(*rows[0], title=name)
             for row in rows:

@@ -51,6 +51,14 @@ class AdapterLayout:
     groups: tuple[ProjectionGroup, ...]
     arguments: tuple[str, ...]  # of the function with the low-rank path, in order, without the weights
 
+    @property
+    def buffers(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of lora_a_<group> and lora_b_<group>, in the order of groups."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for i, group in enumerate(self.groups):
+            shapes |= {f"lora_a_{i}": group.a_shape(self.limits), f"lora_b_{i}": group.b_shape(self.limits)}
+        return shapes
+
     def to_json(self) -> dict[str, Any]:
         groups = [
             {"projections": list(g.projections), "in_features": g.in_features, "out_features": list(g.out_features)}

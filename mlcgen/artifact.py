@@ -5,7 +5,7 @@ report.json                          how each kernel was made
 tokenizer.json tokenizer_config.json
 weights/model.safetensors            shared by all targets, 64-byte aligned so that it can be memory-mapped
 lib/<target>.so or .plan             compiled code
-lib/<target>.adapters.so             likewise, with the path of low-rank adapters
+lib/<target>.adapters.so or .plan    likewise, with the path of low-rank adapters
 lib/<arch>/libtvm_runtime.so         the runtime library that the code was built for
 """
 

@@ -45,8 +45,6 @@ class Options:
 
 def _check(target: Target, config: DecoderConfig, options: Options, plan: Mapping[str, WeightSource]) -> None:
     """Raises UnsupportedError for what the target's kernels do not take, before any work is done."""
-    if options.adapters is not None and not target.has_adapters:
-        raise UnsupportedError(f"{target.name} has no kernels for adapters: compile it without --lora-rank")
     if options.kv.dtype not in target.kv_dtypes:
         have = " or ".join(target.kv_dtypes)
         raise UnsupportedError(f"{target.name} keeps no keys and values in {options.kv.dtype}: add --kv-dtype {have}")
@@ -105,7 +103,9 @@ def compile_targets(
             # A function of its own: where no sequence has an adapter, the one that knows of none runs.
             adapted, more = _compile(mod, plan, options, target, staging, progress, observe, options.adapters)
             assert adapted.weights == one.weights, "both functions must read the same weights"
-            layout = _layout(adapted, options.adapters)
+            made = _layout(adapted, options.adapters)
+            assert layout is None or layout == made, "targets must take the same adapters"
+            layout = made
             lines["adapter_kernels"] = more["kernels"]
             lines["fallbacks"] += [line for line in more["fallbacks"] if line not in lines["fallbacks"]]
             entry["adapted"] = _file(target, staging, has_adapters=True)

@@ -5,9 +5,10 @@ plan.json:
   inputs     name -> {shape, dtype}: what a step brings
   weights    name -> {shape, dtype, is_tiled}: in the order of the artifact's entry; is_tiled: rows to be put in order
   pages      shape and dtype of each layer's KV pages, and how many there are
+  adapters   name -> {shape, dtype}: the buffers of low-rank adapters, in the plan with their path alone
   storages   bytes of each block of memory, for the largest step
   constants  base64 of each constant, with its dtype
-  tensors    where each intermediate lies: {kind: storage | input | weights | pages | constant, ...}
+  tensors    where each intermediate lies: {kind: storage | input | weights | pages | adapters | constant, ...}
   kernels    name -> variants: [{when, launches: [{function, grid, block, shared, args, overlaps}]}]
   steps      [kernel, [tensor, ...], {symbol of the kernel: size}] in order
   output     the tensor of the logits
@@ -94,6 +95,7 @@ class _Builder:
         self.inputs: dict[str, dict[str, Any]] = {}
         self.weights: dict[str, dict[str, Any]] = {}
         self.pages: dict[str, Any] = {}
+        self.adapters: dict[str, dict[str, Any]] = {}
         self.symbols: dict[str, list[Any]] = {}
         self._index: dict[Any, int] = {}  # variable -> tensor
         self._storage_of: dict[relax.Var, int] = {}
@@ -106,7 +108,7 @@ class _Builder:
 
     def plan(self) -> dict[str, Any]:
         names = ("symbols", "inputs", "weights", "pages", "storages", "constants", "tensors", "steps", "output")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | ({"adapters": self.adapters} if self.adapters else {})
 
     def _parameters(self) -> None:
         params = list(self.func.params)
@@ -116,6 +118,10 @@ class _Builder:
                 self._add(var, {"kind": "pages", "layer": int(var.name.removeprefix("pages_"))})
                 shape = [int(d) for d in list(var.ty.shape)[1:]]
                 self.pages = {"layers": self.pages.get("layers", 0) + 1, "shape": shape, "dtype": str(var.ty.dtype)}
+                continue
+            if var.name.startswith(("lora_a_", "lora_b_")):
+                self._add(var, {"kind": "adapters", "name": var.name})
+                self.adapters[var.name] = {"shape": [int(d) for d in var.ty.shape], "dtype": str(var.ty.dtype)}
                 continue
             shape = [size_of(d) for d in var.ty.shape]
             self.inputs[var.name] = {"shape": shape, "dtype": str(var.ty.dtype)}

@@ -2,7 +2,12 @@
 
 y = matmul(x, W^T) [+ bias] [+ residual]   becomes   y = low_rank(x, slots, A, B, y), in place
 
-for every projection, q, k and v or gate and up being one by now. The function gains the inputs
+for every projection, q, k and v or gate and up being one by now. Where a product computes its own SwiGLU
+(Target.gates_results), its path comes in between, so the path's kernel computes it:
+
+silu(gate) * up of y = …                  becomes   low_rank(x, slots, A, B, y)
+
+The function gains the inputs
 
   adapter_slots (n,) int32               the slot of each token's adapter, -1: none
   lora_a_<group>, lora_b_<group>         as in mlcgen/adapter_layout.py
@@ -12,8 +17,7 @@ and says in an attribute which projections each group has.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import cast
+from dataclasses import asdict, dataclass, replace
 
 from tvm import IRModule, relax
 from tvm.relax.analysis import free_vars
@@ -22,7 +26,7 @@ from mlcgen.adapter_layout import SLOTS, AdapterLimits, ProjectionGroup
 from mlcgen.formats import VOCABULARY
 from mlcgen.passes.fuse_gate_up import gate_up_of
 from mlcgen.passes.rewrite import FORWARD, Rewriter, bindings, is_op, rewrite, static_shape
-from mlcgen.targets.base import AdapterKernels, LowRank, Target
+from mlcgen.targets.base import LowRank, Target
 
 GROUPS = "mlcgen.adapters"  # attribute of the function: its groups, as JSON
 
@@ -43,18 +47,28 @@ def add_adapters(mod: IRModule, limits: AdapterLimits, target: Target) -> IRModu
     buffers = [_buffers(i, p.group, limits) for i, p in enumerate(found)]
     by_product = {p.product: p for p in found}
     by_end = {p.end: (p, pair) for p, pair in zip(found, buffers, strict=True)}
+    gated = _gated(mod) if target.gates_results else {}
+    gates = set(gated.values())
     inputs: dict[relax.Var, relax.Expr] = {}  # product -> its x
+    sums: dict[relax.Var, relax.Var] = {}  # end -> its y, without the path
 
     def rule(rewriter: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
         if var in by_product:
             inputs[var] = value.args[0]
-        if var not in by_end:
+        if var in by_end and var in gates:
+            sums[var] = rewriter.emit(value)
+            return sums[var]
+        end = gated.get(var, var)
+        if end not in by_end:
             return None
-        projection, pair = by_end[var]
-        spec, args = _with_input(rewriter, projection.group, limits, inputs[projection.product])
-        kernel = cast(AdapterKernels, target.kernels).low_rank(spec)
+        projection, pair = by_end[end]
+        spec, args = _with_input(rewriter, projection.group, limits, inputs[projection.product], target)
+        if var in gated:
+            kernel = rewriter.add_kernel(target.kernels.low_rank(replace(spec, gates_result=True)))
+            return relax.call_tir(kernel, [*args, slots, *pair, sums[end]], value.ty)
         args += [slots, *pair, rewriter.emit(value)]
-        return relax.call_tir_inplace(rewriter.add_kernel(kernel), args, [len(args) - 1], [value.ty])
+        kernel = rewriter.add_kernel(target.kernels.low_rank(spec))
+        return relax.call_tir_inplace(kernel, args, [len(args) - 1], [value.ty])
 
     mod = rewrite(mod, rule, new_inputs=[slots, *(var for pair in buffers for var in pair)])
     text = json.dumps([asdict(p.group) for p in found])
@@ -71,10 +85,7 @@ def adapter_groups(mod: IRModule) -> tuple[ProjectionGroup, ...]:
 def _projections(mod: IRModule) -> list[_Projection]:
     """Every product with weights but that with the vocabulary."""
     values = bindings(mod)
-    readers: dict[relax.Var, list[relax.Var]] = {}
-    for var, value in values.items():
-        for read in free_vars(value):
-            readers.setdefault(read, []).append(var)
+    readers = _readers(values)
     found: dict[relax.Var, _Projection] = {}  # by their ends
     for var, value in values.items():
         weights = _weights(values, value)
@@ -83,6 +94,31 @@ def _projections(mod: IRModule) -> list[_Projection]:
             end = var if end in found else end  # a sum of two products
             found[end] = _Projection(var, end, _group(weights))
     return list(found.values())
+
+
+def _readers(values: Mapping[relax.Var, relax.Expr]) -> Mapping[relax.Var, list[relax.Var]]:
+    readers: dict[relax.Var, list[relax.Var]] = {}
+    for var, value in values.items():
+        for read in free_vars(value):
+            readers.setdefault(read, []).append(var)
+    return readers
+
+
+def _gated(mod: IRModule) -> dict[relax.Var, relax.Var]:
+    """SwiGLU's result -> the gate and up that it is of, which nothing else reads."""
+    values = bindings(mod)
+    readers = _readers(values)
+    found: dict[relax.Var, relax.Var] = {}
+    for var, value in values.items():
+        gate_up = gate_up_of(lambda expr: values.get(expr, expr), value)
+        if gate_up is None:
+            continue
+        before = [gate_up]  # and what is computed of it before the result
+        for each in before:
+            before += [reader for reader in readers.get(each, []) if not reader.same_as(var)]
+        if len(before) == len(("gate_up", "split", "gate", "up", "silu")):
+            found[var] = gate_up
+    return found
 
 
 def _group(weights: Sequence[relax.Var]) -> ProjectionGroup:
@@ -114,13 +150,13 @@ def _end(
 
 
 def _with_input(
-    rewriter: Rewriter, group: ProjectionGroup, limits: AdapterLimits, x: relax.Expr
+    rewriter: Rewriter, group: ProjectionGroup, limits: AdapterLimits, x: relax.Expr, target: Target
 ) -> tuple[LowRank, list[relax.Expr]]:
     """The kernel computes the norm or the gate of its input itself, as the product's does (fuse_linear)."""
     value, sizes = rewriter.value(x), (group.in_features, group.out_features, limits)
     if is_op(value, "relax.nn.rms_norm") and len(value.ty.shape) == 2 and [int(a) for a in value.attrs.axes] == [-1]:
         return LowRank(*sizes, norm_eps=float(value.attrs.epsilon)), list(value.args)
-    gate_up = gate_up_of(rewriter.value, value)
+    gate_up = None if target.gates_results else gate_up_of(rewriter.value, value)
     return (LowRank(*sizes), [x]) if gate_up is None else (LowRank(*sizes, is_gated=True), [gate_up])
 
 

@@ -37,10 +37,11 @@ class LowRank:
     limits: AdapterLimits
     norm_eps: float | None = None  # f(x) as in Linear
     is_gated: bool = False
+    gates_result: bool = False  # out (n, N / 2) = silu(gate) * up of the sum, for all tokens; y stays as it is
 
     @property
     def name(self) -> str:
-        around = {"norm": self.norm_eps is not None, "gated": self.is_gated}
+        around = {"norm": self.norm_eps is not None, "gated": self.is_gated, "swiglu": self.gates_result}
         return "_".join(["low_rank", *(name for name, present in around.items() if present)])
 
 
@@ -67,13 +68,9 @@ class Kernels(Protocol):
     def embedding(self, fmt: WeightFormat, vocab: int, hidden: int) -> Any: ...
     def rope_append(self, num_heads: int, num_kv_heads: int, head_dim: int, page_size: int, kv_dtype: str) -> Any: ...
     def paged_attention(self, spec: Attention) -> Any: ...
-
-
-class AdapterKernels(Kernels, Protocol):
-    """Those of a target that runs adapters (has_adapters)."""
-
     def low_rank(self, spec: LowRank) -> Any:
-        """PrimFunc(x, [norm weight], adapter_slots, lora_a, lora_b, y), which writes y in place."""
+        """PrimFunc(x, [norm weight], adapter_slots, lora_a, lora_b, y), which writes y in place; with gates_result
+        PrimFunc(…, y, out)."""
         ...
 
 
@@ -121,7 +118,6 @@ class Target:
     turns_in_attention: bool = False  # rotary embedding and the append to the cache are the attention kernel's
     reads_plain_rows: bool = False  # of float matrices; tiles are put in order when they are loaded
     overlaps_kernels: bool = False  # a kernel may start while the one before it ends, and wait for it itself
-    has_adapters: bool = False  # low-rank adapters at run time
     block_threads: int = 0  # threads of a block for kernels that no target wrote; 0: a CPU's loops instead
     # What its kernels take: types of the KV cache, sizes of a head (empty: any), float32 matrices, 8-bit activations.
     kv_dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")

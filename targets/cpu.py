@@ -51,7 +51,7 @@ def _target(variant: str, arch: str, features: tuple[str, ...], fallbacks: tuple
     tvm_target = {"kind": "llvm", "mtriple": _TRIPLES[arch], "mattr": [f"+{f}" for f in features]}
     name = "cpu" if variant == "native" else f"cpu:{variant}"
     kernels = CpuKernels(_isa(tvm_target))
-    return Target(name, "cpu", "vm", tvm_target, features, arch, fallbacks, has_adapters=True, kernels=kernels)
+    return Target(name, "cpu", "vm", tvm_target, features, arch, fallbacks, kernels=kernels)
 
 
 def _isa(tvm_target: dict[str, Any]) -> Isa:
@@ -87,7 +87,7 @@ class CpuKernels:
 
     @functools.cache  # noqa: B019
     def low_rank(self, spec: LowRank) -> Any:
-        """See AdapterKernels."""
+        """See Kernels.low_rank."""
         ranks = spec.limits.rank * (len(spec.out_features) * spec.in_features + sum(spec.out_features))
         return _described(cpu_kernels.low_rank(spec, self.isa), "low_rank", weights=ranks)
 

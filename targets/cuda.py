@@ -7,7 +7,7 @@ from typing import Any
 from mlcgen.errors import TargetError
 from mlcgen.formats import WeightFormat
 from mlcgen.targets import cuda_codegen, cuda_kernels
-from mlcgen.targets.base import Attention, Linear, Target
+from mlcgen.targets.base import Attention, Linear, LowRank, Target
 from mlcgen.targets.device_kernel import Code, KeyedKernels
 
 # Machine code for a GPU, or with compute_80 assembly (PTX) that the driver of any GPU since compiles when it loads.
@@ -95,3 +95,8 @@ class CudaKernels(KeyedKernels):
     @functools.cache  # noqa: B019
     def rope_attention(self, spec: Attention) -> Any:
         return self.placeholder(cuda_kernels.rope_attention(spec, self.arch))
+
+    @functools.cache  # noqa: B019
+    def low_rank(self, spec: LowRank) -> Any:
+        """See Kernels.low_rank."""
+        return self.placeholder(cuda_kernels.low_rank(spec))

@@ -14,7 +14,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T  # noqa: N812
 
 from mlcgen.runtime.sizes import Size
-from mlcgen.targets.base import Attention, Linear
+from mlcgen.targets.base import Attention, Linear, LowRank
 
 KEY = "mlcgen.device_kernel"
 NARROW = "mlcgen.narrow"  # for each argument, the 16-bit types that it may have instead of float32
@@ -110,7 +110,7 @@ class DeviceKernel:
     generate: Callable[[Sequence[str]], Code] = field(repr=False)  # from the arguments' types
     how: str = ""
     flops_per_token: int = 0
-    spec: Attention | Linear | None = None  # what it computes, where shapes do not tell
+    spec: Attention | Linear | LowRank | None = None  # what it computes, where shapes do not tell
 
     @property
     def key(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from mlcgen.errors import TargetError
 from mlcgen.formats import WeightFormat
 from mlcgen.targets import webgpu_codegen, webgpu_kernels
-from mlcgen.targets.base import Attention, Linear, Target
+from mlcgen.targets.base import Attention, Linear, LowRank, Target
 from mlcgen.targets.device_kernel import Code, KeyedKernels
 
 MAX_TOKENS_PER_STEP = 1024
@@ -74,3 +74,8 @@ class WebgpuKernels(KeyedKernels):
     @functools.cache  # noqa: B019
     def paged_attention(self, spec: Attention) -> Any:
         return self.placeholder(webgpu_kernels.paged_attention(spec))
+
+    @functools.cache  # noqa: B019
+    def low_rank(self, spec: LowRank) -> Any:
+        """See Kernels.low_rank."""
+        return self.placeholder(webgpu_kernels.low_rank(spec))

@@ -117,13 +117,13 @@ class CudaDevice(DriverDevice):
         self._open_stream()
         self._maps: dict[tuple[Any, ...], Any] = {}
 
-    def load(self, module: bytes, names: Sequence[str]) -> None:
+    def load(self, module: bytes, names: Sequence[str], prefix: str = "") -> None:
         """Load machine code with the functions of these names; each may have all the shared memory that there is."""
-        super().load(module, names)
+        super().load(module, names, prefix)
         most, static = _INT(), _INT()
         self._call("DeviceGetAttribute", ctypes.byref(most), _SHARED_OPTIN, self._device)
         for name in names:
-            function = self._functions[name]
+            function = self._functions[prefix + name]
             self._call("FuncGetAttribute", ctypes.byref(static), _STATIC_SHARED, function)
             self._call("FuncSetAttribute", function, _MAX_DYNAMIC_SHARED, most.value - static.value)
 

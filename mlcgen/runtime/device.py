@@ -55,8 +55,8 @@ class Device(Protocol):
         """Wait for all that was started. Raises DeviceError for what failed in it."""
         ...
 
-    def load(self, module: bytes, names: Sequence[str]) -> None:
-        """The plan's module, with the functions of these names."""
+    def load(self, module: bytes, names: Sequence[str], prefix: str = "") -> None:
+        """A plan's module, with the functions of these names, which are launched by them behind the prefix."""
         ...
 
     def launch(

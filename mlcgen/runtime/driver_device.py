@@ -234,8 +234,8 @@ class DriverDevice(ABC):
 
     # Kernels
 
-    def load(self, module: bytes, names: Sequence[str]) -> None:
-        """Load machine code with the functions of these names."""
+    def load(self, module: bytes, names: Sequence[str], prefix: str = "") -> None:
+        """Load machine code with the functions of these names; see Device.load."""
         loaded = self._take("ModuleLoadData", "ModuleUnload", module)
         loaded.image = module  # type: ignore[attr-defined]  # HIP may refer to it as long as the module lives
         for name in names:
@@ -243,7 +243,7 @@ class DriverDevice(ABC):
             status = self._driver.function("ModuleGetFunction")(ctypes.byref(function), loaded, name.encode())
             if status:
                 raise self._driver.error(f"{self._driver.symbol('ModuleGetFunction')}({name})", status)
-            self._functions[name] = function
+            self._functions[prefix + name] = function
 
     def launch(
         self, name: str, grid: Sequence[int], block: int, shared: int, args: Sequence[Any], overlaps: bool = False

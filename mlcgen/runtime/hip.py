@@ -95,10 +95,10 @@ class HipDevice(DriverDevice):
         super().__init__(Driver("HIP", library, "hip", _RENAMED, _error_name))
         self._open_stream()
 
-    def load(self, module: bytes, names: Sequence[str]) -> None:
-        """Load a code object with the functions of these names."""
+    def load(self, module: bytes, names: Sequence[str], prefix: str = "") -> None:
+        """Load a code object with the functions of these names; see Device.load."""
         try:
-            super().load(module, names)
+            super().load(module, names, prefix)
         except CallError as error:
             if error.status != _NO_BINARY:
                 raise

@@ -55,12 +55,17 @@ class _Slot:
 class LayerStream:
     """The layers that do not stay on the device. Call `reach` before each of a step's kernels, and after the last."""
 
-    def __init__(self, device: StreamingDevice, visits: Sequence[Visit], source: HostLayers) -> None:
+    def __init__(
+        self, device: StreamingDevice, visits: Sequence[Visit], source: HostLayers, adapted: Sequence[Visit] = ()
+    ) -> None:
+        """adapted: of the plan with the path of adapters, to the same layers in the same order."""
+        if adapted and [visit.layer for visit in adapted] != [visit.layer for visit in visits]:
+            raise ArtifactError("the launch plan for adapters reads layers in another order; compile the model again")
         self.visits = tuple(visits)
         self._device, self._source = device, source
         self._slots = [_Slot(device, source.slot_bytes) for _ in range(SLOTS)]
-        self._entered = {visit.first: visit.layer for visit in visits}
-        self._left = {visit.end: i for i, visit in enumerate(visits)}
+        self._entered = [{visit.first: visit.layer for visit in each} for each in (visits, adapted)]
+        self._left = [{visit.end: i for i, visit in enumerate(each)} for each in (visits, adapted)]
         self._next = [self._next_in_slot(i) for i in range(len(visits))]
         self.bytes_loaded = 0  # since the beginning
         for layer in [v.layer for v in visits[:SLOTS]]:
@@ -74,9 +79,9 @@ class LayerStream:
             found |= {name: start + offset for name, offset in self._source.offsets(layer).items()}
         return found
 
-    def reach(self, index: int) -> bool:
+    def reach(self, index: int, is_adapted: bool = False) -> bool:
         """A step's kernel of this number comes next. True: it has to wait for the end of what came before it."""
-        left, entered = self._left.get(index), self._entered.get(index)
+        left, entered = self._left[is_adapted].get(index), self._entered[is_adapted].get(index)
         if left is not None:
             self._leave(left)
         if entered is not None:

@@ -59,10 +59,11 @@ def load_executor(
     if missing:
         raise ArtifactError(f"{path} lacks the tensor {missing[0]!r}; compile the model again")
     batch = _batch(manifest, max_batch)
+    adapted = artifact.check_hash(path, entry["adapted"]) if "adapters" in manifest else None
     executor: Executor
     if entry["executor"] == "plan":
         sizes = num_pages, batch, gpu_memory_utilization, budget
-        executor = load_plan(entry["kind"], library, manifest, weights, *sizes)
+        executor = load_plan(entry["kind"], library, manifest, weights, *sizes, adapted)
     else:
         if weights is None or weights_file is None:
             raise ArtifactError(f"{path} has no weights, and {entry['name']} cannot make random ones")
@@ -70,7 +71,6 @@ def load_executor(
         pages = num_pages or default_num_pages(manifest, batch)
         limit = int(entry["max_tokens_per_step"])
         stream = _stream(weights_file, weights, manifest["entry"]["weights"], budget)
-        adapted = artifact.check_hash(path, entry["adapted"]) if "adapters" in manifest else None
         executor = VmExecutor(library, manifest, weights, pages, limit, num_threads, stream, adapted)
     config = artifact.read_tokenizer_config(path)
     eos = [int(token) for token in manifest["model"].get("eos_token_ids", [])]

@@ -12,6 +12,15 @@ from mlcgen.runtime.host_layers import host_layers, padded_bytes
 from mlcgen.runtime.kv_size import page_bytes, useful_pages
 from mlcgen.runtime.layer_stream import LayerStream, find_visits
 from mlcgen.runtime.offload import divide
+from mlcgen.runtime.plan import (
+    adapter_bytes,
+    bound_bytes,
+    check_adapted,
+    check_fit,
+    function_names,
+    read_plan,
+    storage_bytes,
+)
 
 KV_BYTES = 4 << 30  # for pages, where neither the user names a number nor the device tells how much memory there is
 HOST_SHARE = 0.8  # of the host's free memory, for layers that are streamed from there; more are read from the file
@@ -26,34 +35,47 @@ def load_plan(
     max_batch: int,
     memory_utilization: float,
     weight_memory: int | None = None,
+    adapted_file: Path | None = None,
 ) -> Executor:
-    """weights: arrays by name; None: random ones. weight_memory: see load_executor. Raises as load_executor does."""
+    """weights: arrays by name; None: random ones. weight_memory: see load_executor. adapted_file: the plan with the
+    path of adapters, where the artifact has it. Raises as load_executor does."""
     from mlcgen.runtime import argmax_sampler, device_sampler, device_weights
-    from mlcgen.runtime.plan import check_fit, function_names, read_plan
+    from mlcgen.runtime.plan_executor import ADAPTED
     from mlcgen.runtime.sampling_executor import TAKE_TOKENS, SamplingPlanExecutor
 
     plan = read_plan(plan_file)
     check_fit(plan, manifest, weights)
+    adapted = None if adapted_file is None else read_plan(adapted_file)
+    if adapted is not None:
+        check_adapted(adapted, plan, manifest)
+    plans = [plan] if adapted is None else [plan, adapted]
     device, names = open_device(kind), [*function_names(plan), TAKE_TOKENS]
     if kind == "cuda":
         names += [*device_weights.FUNCTIONS, *device_sampler.FUNCTIONS]
     else:
         names += argmax_sampler.FUNCTIONS
-    _check_bindings(plan, device)
+    for each in plans:
+        _check_bindings(each, device)
     device.load(base64.b64decode(plan["module"]), names)
-    addresses, stream = _weights(device, plan, weights, weight_memory, kind == "cuda")
-    num_pages = _num_pages(device, plan, manifest, num_pages, max_batch, memory_utilization)
+    if adapted is not None:
+        device.load(base64.b64decode(adapted["module"]), function_names(adapted), ADAPTED)
+    addresses, stream = _weights(device, plans, weights, weight_memory, kind == "cuda")
+    num_pages = _num_pages(device, plans, manifest, num_pages, max_batch, memory_utilization)
     sampling = device_sampler.DeviceSampler if kind == "cuda" else argmax_sampler.ArgmaxSampler
-    return SamplingPlanExecutor(device, plan, manifest, addresses, num_pages, sampling, stream)
+    return SamplingPlanExecutor(device, plan, manifest, addresses, num_pages, sampling, stream, adapted)
 
 
 def _weights(
-    device: Device, plan: Mapping[str, Any], weights: Mapping[str, Any] | None, budget: int | None, makes_random: bool
+    device: Device,
+    plans: Sequence[Mapping[str, Any]],
+    weights: Mapping[str, Any] | None,
+    budget: int | None,
+    makes_random: bool,
 ) -> tuple[dict[str, Address], LayerStream | None]:
     """Where each weight is on the device, and what brings those that do not stay there."""
     from mlcgen.runtime import device_weights
 
-    specs = plan["weights"]
+    specs = plans[0]["weights"]
     division = divide({name: padded_bytes(spec) for name, spec in specs.items()}, budget)
     given = weights or device_weights.Random(specs)
     resident = {name: specs[name] for name in division.resident}
@@ -63,21 +85,25 @@ def _weights(
         addresses = device_weights.upload_weights(device, resident, given)
     if not division.streamed:
         return addresses, None
-    stream = _stream(device, plan, given, division.streamed)
+    stream = _stream(device, plans, given, division.streamed)
     return addresses | stream.addresses(), stream
 
 
 def _stream(
-    device: Device, plan: Mapping[str, Any], weights: Mapping[str, Any], layers: Sequence[Sequence[str]]
+    device: Device,
+    plans: Sequence[Mapping[str, Any]],
+    weights: Mapping[str, Any],
+    layers: Sequence[Sequence[str]],
 ) -> LayerStream:
     from mlcgen.runtime.load import free_memory
 
     if not isinstance(device, StreamingDevice):
         text = f"{device.name} cannot stream weights (weight_memory); CPUs, CUDA and ROCm can"
         raise TargetError(f"{text}; use one of these targets, or quantize further (-q)")
-    visits = find_visits(plan, layers)
+    visits, *adapted = (find_visits(plan, layers) for plan in plans)
     memory = int(free_memory() * HOST_SHARE)
-    return LayerStream(device, visits, host_layers(device, plan["weights"], weights, layers, memory))
+    source = host_layers(device, plans[0]["weights"], weights, layers, memory)
+    return LayerStream(device, visits, source, *adapted)
 
 
 def open_device(kind: str) -> Device:
@@ -100,8 +126,6 @@ def open_device(kind: str) -> Device:
 
 def _check_bindings(plan: Mapping[str, Any], device: Device) -> None:
     """Raises DeviceError for a tensor that the device's kernels cannot be given."""
-    from mlcgen.runtime.plan import bound_bytes
-
     for name, num_bytes in bound_bytes(plan):
         if num_bytes > device.largest_binding:
             has = f"kernels on {device.name} reach {device.largest_binding / 2**20:.0f} MiB"
@@ -112,31 +136,32 @@ def _check_bindings(plan: Mapping[str, Any], device: Device) -> None:
 
 def _num_pages(
     device: Device,
-    plan: Mapping[str, Any],
+    plans: Sequence[Mapping[str, Any]],
     manifest: Mapping[str, Any],
     wanted: int | None,
     max_batch: int,
     memory_utilization: float,
 ) -> int:
     each = page_bytes(manifest["kv"])
-    most = device.largest_binding // (each // plan["pages"]["layers"])
+    most = device.largest_binding // (each // plans[0]["pages"]["layers"])
     if wanted is not None:
         if wanted > most:
             raise DeviceError(
                 f"{wanted} pages are more than the {most} that kernels on {device.name} reach; lower them"
             )
         return wanted
-    affordable = _bytes_left(device, plan, memory_utilization, each) // each
+    affordable = _bytes_left(device, plans, memory_utilization, each) // each
     return max(1, min(affordable, most, useful_pages(manifest, max_batch)))
 
 
-def _bytes_left(device: Device, plan: Mapping[str, Any], memory_utilization: float, least: int) -> int:
+def _bytes_left(device: Device, plans: Sequence[Mapping[str, Any]], memory_utilization: float, least: int) -> int:
     """Memory for pages. Raises DeviceError where it is less than `least`."""
     memory = device.memory()
     if memory is None:
         return KV_BYTES
     free, total = memory
-    workspace = sum(plan["storages"]) + plan["scratch"]
+    workspace = sum(storage_bytes(plans)) + max(plan["scratch"] for plan in plans)
+    workspace += sum(adapter_bytes(plans[-1]).values())
     left = int(memory_utilization * total) - (total - free) - workspace
     if left < least:
         raise DeviceError(

@@ -82,7 +82,7 @@ class MetalDevice:
         self._buffers: list[Any] = []  # by address
         self._starts: list[Address] = []
         self._end = ALIGNMENT
-        self._library: Any = None
+        self._functions: dict[str, tuple[Any, str]] = {}  # a kernel's library, and its own name
         self._pipelines: dict[str, Any] = {}
         self._commands: _Commands | None = None  # being put together
         self._started: list[_Commands] = []  # handed over, in order
@@ -187,7 +187,7 @@ class MetalDevice:
 
     # Kernels
 
-    def load(self, module: bytes, names: Sequence[str]) -> None:
+    def load(self, module: bytes, names: Sequence[str], prefix: str = "") -> None:
         """The module is text in Metal's language. A kernel is made ready when it is first launched."""
         options = import_module("Metal").MTLCompileOptions.alloc().init()
         options.setFastMathEnabled_(False)  # sines of large angles, and infinities
@@ -196,11 +196,12 @@ class MetalDevice:
             raise DeviceError(f"{self.name} does not take the kernels: {_text(error)}")
         if absent := set(names) - {str(name) for name in library.functionNames()}:
             raise DeviceError(f"the launch plan's kernels lack {min(absent)}; compile the model again")
-        self._library = library
+        self._functions |= {prefix + name: (library, name) for name in names}
 
     def _pipeline(self, name: str) -> Any:
         if name not in self._pipelines:
-            function = self._library.newFunctionWithName_(name)
+            library, own_name = self._functions[name]
+            function = library.newFunctionWithName_(own_name)
             pipeline, error = self._device.newComputePipelineStateWithFunction_error_(function, None)
             if pipeline is None:
                 raise DeviceError(f"{self.name} does not take the kernel {name}: {_text(error)}")

@@ -5,10 +5,12 @@ import binascii
 import json
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
+from mlcgen.adapter_layout import SLOTS, AdapterLayout
 from mlcgen.errors import ArtifactError
 from mlcgen.runtime.sizes import MAX_DEPTH, OPERATORS, Size, evaluate
 
@@ -27,8 +29,10 @@ INPUTS: Mapping[str, list[Size]] = {
     "query_start": [["+", "seqs", 1]],
     "logit_rows": ["rows"],
     "tree_masks": ["n"],
+    SLOTS: ["n"],
 }
-ADDED_INPUTS = ("tree_masks",)  # which plans of earlier versions of mlcgen do without
+# Plans of earlier versions of mlcgen have no masks, and only the one with the path of adapters has their slots.
+OPTIONAL_INPUTS = ("tree_masks", SLOTS)
 _SMALLEST_STEP = {"seqs": 1, "blocks": 1, "num_pages": 1, "is_decode": 1, "has_trees": 0, "longest": 1, "has_f16": 0}
 
 _BYTES, _INDEX, _COUNT = range(1 << 48), range(1 << 31), range(1, 1 << 31)
@@ -72,6 +76,34 @@ def check_fit(plan: Mapping[str, Any], manifest: Mapping[str, Any], weights: Map
             raise ArtifactError(f"the tensor {name[:80]!r} is {found}; compile the model again")
 
 
+def check_adapted(adapted: Mapping[str, Any], plan: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    """Raises ArtifactError where the plan with the path of adapters is not this artifact's, or does not run on the same
+    memory as the other one, which `check_fit` has checked."""
+    layout = AdapterLayout.from_json(manifest["adapters"])
+    buffers = {n: {"shape": list(shape), "dtype": layout.limits.dtype} for n, shape in layout.buffers.items()}
+    shared = ("weights", "pages", "max_tokens_per_step", "max_logit_rows")
+    parts = {
+        "adapters": adapted.get("adapters") == buffers and "adapters" not in plan,
+        "inputs": adapted["inputs"].keys() == plan["inputs"].keys() | {SLOTS} and SLOTS not in plan["inputs"],
+        **{name.replace("_", " "): adapted[name] == plan[name] for name in shared},
+    }
+    for part, fits in parts.items():
+        if not fits:
+            raise ArtifactError(f"the {part} of the launch plan for adapters do not fit; compile the model again")
+    check_fit(adapted, manifest, None)
+
+
+def adapter_bytes(plan: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of each buffer of adapters."""
+    buffers = plan.get("adapters", {})
+    return {name: prod(spec["shape"]) * ITEM_BYTES[spec["dtype"]] for name, spec in buffers.items()}
+
+
+def storage_bytes(plans: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Of each block of memory for intermediate results, so that any of the plans can run on them."""
+    return [max(sizes) for sizes in zip_longest(*(plan["storages"] for plan in plans), fillvalue=0)]
+
+
 def function_names(plan: Mapping[str, Any]) -> list[str]:
     """Each function that the plan launches."""
     return sorted({str(launch["function"]) for kernel in plan["kernels"] for launch in _launches(plan, kernel)})
@@ -82,6 +114,7 @@ def bound_bytes(plan: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     output = plan["tensors"][plan["output"]]["storage"]
     yield "kernels' scratch memory", plan["scratch"]
     yield from (("an intermediate result", size) for i, size in enumerate(plan["storages"]) if i != output)
+    yield from (("a buffer of adapters (--adapters)", size) for size in adapter_bytes(plan).values())
     for kernel, tensors, _ in plan["steps"]:
         for launch in _launches(plan, kernel):
             yield from _bound_weights(plan, launch["args"], tensors)
@@ -242,6 +275,7 @@ _TENSORS = {
     "storage": {"storage": _INDEX, "offset": _BYTES, "shape": [_SIZE], "dtype": _DTYPES},
     "input": {"name": tuple(INPUTS)},
     "weights": {"name": str},
+    "adapters": {"name": str},
     "pages": {"layer": _INDEX},
     "constant": {"constant": _INDEX},
 }
@@ -251,9 +285,10 @@ _SCHEMA: dict[str, Any] = {
     "max_tokens_per_step": _COUNT,
     "max_logit_rows": _COUNT,
     "symbols": _Named(_Items(tuple(INPUTS), range(2))),
-    "inputs": {name: _Optional(_INPUT) if name in ADDED_INPUTS else _INPUT for name in INPUTS},
+    "inputs": {name: _Optional(_INPUT) if name in OPTIONAL_INPUTS else _INPUT for name in INPUTS},
     "weights": _Named({"shape": [_COUNT], "dtype": ("float32", "float16", "uint16", "uint8"), "is_tiled": bool}),
     "pages": {"layers": range(1, 1 << 16), "shape": _Items(*[_COUNT] * 4), "dtype": ("float32", "float16", "uint16")},
+    "adapters": _Optional(_Named({"shape": [_COUNT], "dtype": ("float32", "float16")})),
     "storages": [_BYTES],
     "constants": [{"dtype": _DTYPES, "data": _BASE64}],
     "tensors": [_Kinds("kind", _TENSORS)],
@@ -276,7 +311,7 @@ def _contradictions(plan: Mapping[str, Any]) -> Iterator[str]:
     for name, spec in plan["weights"].items():
         if spec["is_tiled"] and (len(spec["shape"]) != 3 or spec["shape"][2] != 16 or spec["dtype"] not in TILED):
             yield f"weights.{name[:80]} is not of a shape that has tiles"
-    for name, spec in [*plan["weights"].items(), ("pages", plan["pages"])]:
+    for name, spec in [*plan["weights"].items(), *plan.get("adapters", {}).items(), ("pages", plan["pages"])]:
         if prod(spec["shape"]) not in _BYTES:
             yield f"{name[:80]} is larger than any memory"
     for i, tensor in enumerate(plan["tensors"]):
@@ -299,8 +334,8 @@ def _contradictions(plan: Mapping[str, Any]) -> Iterator[str]:
 
 def _tensor_problem(plan: Mapping[str, Any], tensor: Mapping[str, Any], largest: Mapping[str, int]) -> str | None:
     kind = tensor["kind"]
-    if kind in ("input", "weights"):
-        known = tensor["name"] in plan["inputs" if kind == "input" else "weights"]
+    if kind in ("input", "weights", "adapters"):
+        known = tensor["name"] in plan.get("inputs" if kind == "input" else kind, {})
         return None if known else f"names {tensor['name'][:80]!r}, which is not among the {kind}"
     if kind == "pages":
         return None if tensor["layer"] < plan["pages"]["layers"] else "is of a layer that there is not"

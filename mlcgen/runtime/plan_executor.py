@@ -1,4 +1,7 @@
-"""The `plan` executor: runs a launch plan (mlcgen/launch_plan.py) on a device, without TVM.
+"""The `plan` executor: runs launch plans (mlcgen/launch_plan.py) on a device, without TVM.
+
+An artifact for adapters has two: steps in which no sequence has one run the plan that knows of none. Both have the same
+weights, pages, inputs and memory for intermediate results, of which only one step's are alive at a time.
 
 A step in which every sequence decodes is recorded once per size, rounded up, as a graph of copies and kernels; from
 then on a step is one copy into pinned memory and one launch. Other steps start their kernels one by one, and so do all
@@ -9,22 +12,26 @@ import base64
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from mlcgen.errors import RequestError
+from mlcgen.adapter_layout import SLOTS, AdapterLayout
+from mlcgen.errors import DeviceError, RequestError
 from mlcgen.runtime.check_numerics import described, is_finite
 from mlcgen.runtime.device import Address, Device
-from mlcgen.runtime.executor import Float32, Int32, StepInput, Uint8
+from mlcgen.runtime.executor import AdaptedStepInput, Float32, Int32, StepInput, Uint8
 from mlcgen.runtime.kv_cache import stretches
 from mlcgen.runtime.layer_stream import LayerStream
 from mlcgen.runtime.pinned import PinnedRows, power_of_two
-from mlcgen.runtime.plan import ITEM_BYTES
+from mlcgen.runtime.plan import ITEM_BYTES, adapter_bytes, storage_bytes
 from mlcgen.runtime.sizes import evaluate
 
 INPUT_ALIGNMENT = 256  # bytes
+ADAPTED = "adapted:"  # what names of the second plan's kernels begin with
 _ARGUMENTS = {"int32": ctypes.c_int32, "int64": ctypes.c_int64}
 
 
@@ -34,6 +41,15 @@ class _Inputs:
     def __init__(self, device: Device, num_bytes: int) -> None:
         self.staging = device.pinned(num_bytes)
         self.address = device.allocate(num_bytes, "inputs of a step")
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A plan, and what is its alone."""
+
+    plan: Mapping[str, Any]
+    prefix: str  # of its kernels' names
+    constants: Sequence[Address]
 
 
 @dataclass
@@ -46,6 +62,7 @@ class Step:
     offsets: dict[str, int]
     symbols: dict[str, int]
     turn: int
+    function: _Function
     graph: Any = None
 
     def address(self, name: str) -> Address:
@@ -68,8 +85,13 @@ class PlanExecutor:
         weights: Mapping[str, Address],
         num_pages: int,
         stream: LayerStream | None = None,
+        adapted: Mapping[str, Any] | None = None,
     ) -> None:
-        self.device, self._plan, self.stream = device, plan, stream
+        """adapted: the plan with the path of adapters, whose kernels were loaded behind ADAPTED."""
+        self.device, self.stream = device, stream
+        self.adapters = None if adapted is None else AdapterLayout.from_json(manifest["adapters"])
+        plans = [plan] if adapted is None else [plan, adapted]
+        self._adapter_buffers = {name: self._allocate_adapters(size) for name, size in adapter_bytes(plans[-1]).items()}
         self.num_pages, self.page_size = num_pages, int(manifest["kv"]["page_size"])
         self.vocab_size = int(manifest["model"]["vocab_size"])
         self.max_batch = int(manifest["max_batch"])
@@ -79,16 +101,19 @@ class PlanExecutor:
         page_bytes = prod(pages["shape"]) * ITEM_BYTES[pages["dtype"]]
         self.page_shape = int(pages["layers"]), page_bytes
         self._pages = [device.allocate(num_pages * page_bytes, "KV pages") for _ in range(pages["layers"])]
-        self._storages = [device.allocate(size, "intermediate results") for size in plan["storages"]]
-        self._scratch = device.allocate(plan["scratch"], "kernels' scratch memory")
-        self._counters = device.allocate(plan["counters"], "kernels' counters")
-        self._constants = [self._upload_constant(constant) for constant in plan["constants"]]
+        self._storages = [device.allocate(size, "intermediate results") for size in storage_bytes(plans)]
+        self._scratch = device.allocate(max(each["scratch"] for each in plans), "kernels' scratch memory")
+        self._counters = device.allocate(max(each["counters"] for each in plans), "kernels' counters")
+        self._functions = [
+            _Function(each, prefix, [self._upload_constant(constant) for constant in each["constants"]])
+            for each, prefix in zip(plans, ("", ADAPTED), strict=False)
+        ]
         self._weights = weights
         self._max_logit_rows = min(int(plan["max_logit_rows"]), device.largest_binding // (self.vocab_size * 4))
         self._logits = PinnedRows(device, self.vocab_size)
         self._decode_steps: dict[tuple[int, ...], Step] = {}
         self._room = self._largest_step(manifest)
-        inputs = self._input_layout(self._room, self._room)[2]
+        inputs = max(self._input_layout(each, self._room, self._room)[2] for each in plans)
         self._inputs = [_Inputs(device, inputs) for _ in range(self.TURNS)]  # of steps of any size
         self._turn = 0
         device.synchronize()
@@ -105,9 +130,10 @@ class PlanExecutor:
         """See Executor.first_not_finite."""
         step = self.prepared(batch)
         self._turn = (self._turn - 1) % self.TURNS  # the next step's is another one still
+        found = step.function.plan["tensors"]
         for name, tensors, symbols in self._started_kernels(step):
             for index in tensors:
-                tensor = self._plan["tensors"][index]
+                tensor = found[index]
                 if tensor["kind"] != "storage":
                     continue
                 shape = [evaluate(size, symbols) for size in tensor["shape"]]
@@ -117,7 +143,7 @@ class PlanExecutor:
                 self.device.download(result, self._tensor_address(step, index))
                 self.device.synchronize()
                 if not is_finite(result):
-                    read = [self._plan["tensors"][i] for i in tensors]
+                    read = [found[i] for i in tensors]
                     return described(name, [each["name"] for each in read if each["kind"] == "weights"])
         return None
 
@@ -153,6 +179,18 @@ class PlanExecutor:
         """See Executor.synchronize."""
         self.device.synchronize()
 
+    def write_adapter(self, slot: int, matrices: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> None:
+        """See AdaptedExecutor.write_adapter."""
+        for buffer, matrix in zip(self._adapter_buffers.values(), chain(*matrices), strict=True):
+            self.device.upload(buffer + slot * matrix.nbytes, matrix)
+        self.device.synchronize()  # the matrices may go afterwards
+
+    def _allocate_adapters(self, num_bytes: int) -> Address:
+        try:
+            return self.device.allocate(num_bytes, "adapters")
+        except DeviceError as error:
+            raise DeviceError(f"{error}; or compile with fewer --adapters") from error
+
     def launched(self, batch: StepInput, **more: Int32 | None) -> Step:
         """The batch's step, begun. more: inputs beside the batch's, of shapes `more_inputs`."""
         if len(batch.input_ids) > self.max_tokens_per_step:
@@ -183,12 +221,12 @@ class PlanExecutor:
         """Of a number of sequences and a width of their block tables that are powers of two."""
         size = min(power_of_two(len(batch.seq_lens)), self.max_batch)
         blocks = power_of_two(batch.block_table.shape[1])
-        key = (self._turn, size, blocks)
+        function = self._function(batch)
+        key = (function.prefix, self._turn, size, blocks)
         if key not in self._decode_steps:
             symbols = {"n": size, "rows": size, "seqs": size, "blocks": blocks}
-            self._decode_steps[key] = self._new_step(
-                symbols | {"is_decode": 1, "has_trees": 0, "longest": blocks * self.page_size}
-            )
+            symbols |= {"is_decode": 1, "has_trees": 0, "longest": blocks * self.page_size}
+            self._decode_steps[key] = self._new_step(function, symbols)
         return self._decode_steps[key]
 
     def _other_step(self, batch: StepInput) -> Step:
@@ -198,35 +236,39 @@ class PlanExecutor:
         longest = power_of_two(int(batch.seq_lens.max(initial=1)))
         has_trees = int(batch.tree_masks is not None and batch.tree_masks.any())
         symbols |= {"is_decode": 0, "has_trees": has_trees, "longest": longest}
-        return self._new_step(symbols, self._inputs[self._turn])
+        return self._new_step(self._function(batch), symbols, self._inputs[self._turn])
 
-    def _new_step(self, symbols: dict[str, int], inputs: _Inputs | None = None) -> Step:
+    def _function(self, batch: StepInput) -> _Function:
+        return self._functions[isinstance(batch, AdaptedStepInput)]
+
+    def _new_step(self, function: _Function, symbols: dict[str, int], inputs: _Inputs | None = None) -> Step:
         """A step with `inputs`, or with some of its own."""
-        shapes, offsets, num_bytes = self._input_layout(symbols, self._room if inputs else symbols)
+        room = self._room if inputs else symbols
+        shapes, offsets, num_bytes = self._input_layout(function.plan, symbols, room)
         symbols |= {"num_pages": self.num_pages, **self.device.symbols}
         inputs = inputs or _Inputs(self.device, num_bytes)
         words = inputs.staging.view(np.int32)
         host = {name: words[offsets[name] // 4 :][: prod(shape)].reshape(shape) for name, shape in shapes.items()}
-        return Step(inputs, num_bytes, host, offsets, symbols, self._turn)
+        return Step(inputs, num_bytes, host, offsets, symbols, self._turn, function)
 
     def _input_layout(
-        self, symbols: Mapping[str, int], room: Mapping[str, int]
+        self, plan: Mapping[str, Any], symbols: Mapping[str, int], room: Mapping[str, int]
     ) -> tuple[dict[str, tuple[int, ...]], dict[str, int], int]:
         """Shapes of the inputs by name, where they begin, and their bytes together.
 
         Each has the place that it needs in a step of `room`, so that steps of other sizes have theirs at the same
         addresses, for which a device may keep something. Block tables, the largest by far, come last.
         """
-        shapes, places = self._input_shapes(symbols), self._input_shapes(room)
+        shapes, places = self._input_shapes(plan, symbols), self._input_shapes(plan, room)
         offsets, end, num_bytes = {}, 0, 0
         for name in sorted(shapes, key=lambda name: name == "block_table"):
             offsets[name], num_bytes = end, end + _aligned(prod(shapes[name]) * 4)
             end += _aligned(prod(places[name]) * 4)
         return shapes, offsets, num_bytes
 
-    def _input_shapes(self, symbols: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    def _input_shapes(self, plan: Mapping[str, Any], symbols: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         shapes = self.more_inputs(symbols)
-        for name, spec in self._plan["inputs"].items():
+        for name, spec in plan["inputs"].items():
             shapes[name] = tuple(evaluate(size, symbols) for size in spec["shape"])
         return shapes
 
@@ -238,7 +280,7 @@ class PlanExecutor:
         """Called where a step's inputs are on the device, before its kernels."""
 
     def logits_address(self, step: Step) -> Address:
-        return self._tensor_address(step, self._plan["output"])
+        return self._tensor_address(step, step.function.plan["output"])
 
     def _largest_step(self, manifest: Mapping[str, Any]) -> dict[str, int]:
         tokens = self.max_tokens_per_step
@@ -268,18 +310,21 @@ class PlanExecutor:
         """Start a step's kernels: (name, tensors, symbols) of each that was started."""
         self.device.upload(step.inputs.address, step.inputs.staging[: step.num_bytes])
         self.begin(step)
-        for index, (name, tensors, own) in enumerate(self._plan["steps"]):
-            waits = self.stream is not None and self.stream.reach(index)
+        plan, is_adapted = step.function.plan, step.function is not self._functions[0]
+        for index, (name, tensors, own) in enumerate(plan["steps"]):
+            waits = self.stream is not None and self.stream.reach(index, is_adapted)
             symbols = step.symbols | {symbol: evaluate(size, step.symbols) for symbol, size in own.items()}
-            for launch in self._launches(name, symbols):
+            for launch in self._launches(plan, name, symbols):
                 self._launch(launch, tensors, step, symbols, waits)
                 waits = False
             yield name, tensors, symbols
         if self.stream is not None:
-            self.stream.reach(len(self._plan["steps"]))
+            self.stream.reach(len(plan["steps"]), is_adapted)
 
-    def _launches(self, kernel: str, symbols: Mapping[str, int]) -> Sequence[Mapping[str, Any]]:
-        for variant in self._plan["kernels"][kernel]:
+    def _launches(
+        self, plan: Mapping[str, Any], kernel: str, symbols: Mapping[str, int]
+    ) -> Sequence[Mapping[str, Any]]:
+        for variant in plan["kernels"][kernel]:
             if evaluate(variant["when"], symbols):
                 launches: Sequence[Mapping[str, Any]] = variant["launches"]
                 return launches
@@ -293,7 +338,7 @@ class PlanExecutor:
         grid = [evaluate(size, symbols) for size in launch["grid"]]
         shared = evaluate(launch["shared"], symbols)
         overlaps = launch["overlaps"] and not waits
-        self.device.launch(launch["function"], grid, launch["block"], shared, args, overlaps)
+        self.device.launch(step.function.prefix + launch["function"], grid, launch["block"], shared, args, overlaps)
 
     def _argument(self, arg: Sequence[Any], tensors: Sequence[int], step: Step, symbols: dict[str, int]) -> Any:
         kind, value = arg
@@ -320,7 +365,7 @@ class PlanExecutor:
         return self._counters if kind == "counters" else 0
 
     def _tensor_address(self, step: Step, index: int) -> Address:
-        tensor = self._plan["tensors"][index]
+        tensor = step.function.plan["tensors"][index]
         kind = tensor["kind"]
         if kind == "storage":
             return self._storages[tensor["storage"]] + int(tensor["offset"])
@@ -328,7 +373,9 @@ class PlanExecutor:
             return step.address(tensor["name"])
         if kind == "weights":
             return self._weights[tensor["name"]]
-        return self._pages[tensor["layer"]] if kind == "pages" else self._constants[tensor["constant"]]
+        if kind == "adapters":
+            return self._adapter_buffers[tensor["name"]]
+        return self._pages[tensor["layer"]] if kind == "pages" else step.function.constants[tensor["constant"]]
 
     def _upload_constant(self, constant: Mapping[str, str]) -> Address:
         data = np.frombuffer(base64.b64decode(constant["data"]), np.uint8)
@@ -348,6 +395,7 @@ _PADDING: dict[str, int | None] = {
     "query_start": None,
     "logit_rows": 0,
     "tree_masks": 0,
+    SLOTS: -1,
     "sampled_rows": -1,
 }
 

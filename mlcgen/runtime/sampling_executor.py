@@ -50,9 +50,10 @@ class SamplingPlanExecutor(PlanExecutor):
         num_pages: int,
         sampling: Callable[[Device, int, int], DeviceSampling],
         stream: LayerStream | None = None,
+        adapted: Mapping[str, Any] | None = None,
     ) -> None:
         """sampling(device, vocabulary's size, most rows)"""
-        super().__init__(device, plan, manifest, weights, num_pages, stream)
+        super().__init__(device, plan, manifest, weights, num_pages, stream, adapted)
         rows = max(self.max_batch, MAX_ROWS)  # drafts have rows of their own
         self._samplers = [sampling(device, self.vocab_size, rows) for _ in range(self.TURNS)]
         self._started: deque[int] = deque()  # turns under way

@@ -154,7 +154,7 @@ class WebgpuDevice:
         self._buffers: list[_Buffer] = []  # by address
         self._starts: list[Address] = []
         self._end = SLOT
-        self._texts: dict[str, str] = {}
+        self._texts: dict[str, tuple[str, str]] = {}  # a kernel's own name, and its text
         self._pipelines: dict[str, _Pipeline] = {}
         self._numbers = _Numbers(self, LAUNCHES)
         self._calls: list[_Call] = []  # not yet handed over
@@ -270,14 +270,14 @@ class WebgpuDevice:
 
     # Kernels
 
-    def load(self, module: bytes, names: Sequence[str]) -> None:
+    def load(self, module: bytes, names: Sequence[str], prefix: str = "") -> None:
         """The module is JSON: function -> WGSL. A kernel is compiled when it is first launched."""
         try:
             texts = json.loads(module)
-            self._texts = {name: texts[name] for name in names}
+            self._texts |= {prefix + name: (name, texts[name]) for name in names}
         except (ValueError, LookupError, TypeError) as error:
             raise ArtifactError(f"the launch plan's kernels cannot be read: {error!r:.200}; compile again") from error
-        if not all(isinstance(text, str) for text in self._texts.values()):
+        if not all(isinstance(text, str) for _, text in self._texts.values()):
             raise ArtifactError("the launch plan's kernels are no texts; compile the model again")
 
     def _pipeline(self, name: str) -> _Pipeline:
@@ -285,7 +285,7 @@ class WebgpuDevice:
 
         if name in self._pipelines:
             return self._pipelines[name]
-        text = self._texts[name]
+        entry, text = self._texts[name]
         kinds = [_BINDING_TYPES[kind] for _, kind in sorted((int(i), kind) for i, kind in _BINDING.findall(text))]
         entries = [
             {
@@ -301,7 +301,7 @@ class WebgpuDevice:
             shader = wgpu_native.unchecked_module(self._device, text)
             pipeline = self._device.create_compute_pipeline(
                 layout=self._device.create_pipeline_layout(bind_group_layouts=[layout]),
-                compute={"module": shader, "entry_point": name},
+                compute={"module": shader, "entry_point": entry},
             )
         except (wgpu.GPUError, wgpu.GPUPipelineError, RuntimeError, ValueError) as error:
             raise DeviceError(f"{self.name} does not take the kernel {name}: {str(error)[:400]}") from error

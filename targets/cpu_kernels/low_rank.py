@@ -45,6 +45,7 @@ def low_rank(spec: LowRank, isa: Isa) -> tirx.PrimFunc:
 
     With a gate x is (n, 2 * K). y is added to, in place; a token whose slot is negative is left alone.
     """
+    assert not spec.gates_result, "Target.gates_results"
     group = ProjectionGroup(("",) * len(spec.out_features), spec.in_features, spec.out_features)
     width, dtype = spec.in_features, spec.limits.dtype
     with kernel(spec.name) as k:

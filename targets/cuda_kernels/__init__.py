@@ -3,5 +3,6 @@
 from .attention import HEAD_DIMS, paged_attention, rope_attention
 from .linear import linear
 from .lookup import embedding, rope_append
+from .low_rank import low_rank
 
-__all__ = ["HEAD_DIMS", "embedding", "linear", "paged_attention", "rope_append", "rope_attention"]
+__all__ = ["HEAD_DIMS", "embedding", "linear", "low_rank", "paged_attention", "rope_append", "rope_attention"]

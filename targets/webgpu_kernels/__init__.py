@@ -3,6 +3,17 @@
 from .attention import HEAD_DIMS, paged_attention
 from .linear import linear
 from .lookup import embedding, rope_append
+from .low_rank import low_rank
 from .sample import argmax, sampling, take_tokens
 
-__all__ = ["HEAD_DIMS", "argmax", "embedding", "linear", "paged_attention", "rope_append", "sampling", "take_tokens"]
+__all__ = [
+    "HEAD_DIMS",
+    "argmax",
+    "embedding",
+    "linear",
+    "low_rank",
+    "paged_attention",
+    "rope_append",
+    "sampling",
+    "take_tokens",
+]

@@ -24,19 +24,18 @@ class EmulatedDevice:
         self.launched: list[str] = []
         self._memory: dict[int, np.ndarray] = {}
         self._recording: list[Any] | None = None
-        self._includes = ""
-        self._texts: dict[str, str] = {}
+        self._texts: dict[str, tuple[str, str]] = {}  # a kernel's own name, and its text
         self._constants: dict[str, list[bool]] = {}  # parameters that are only read
         self._kernels: dict[str, EmulatedKernel] = {}
 
-    def load(self, module: bytes, names: Sequence[str]) -> None:
-        self._includes, *definitions = module.decode().split(DEFINITION)
+    def load(self, module: bytes, names: Sequence[str], prefix: str = "") -> None:
+        includes, *definitions = module.decode().split(DEFINITION)
         for text in definitions:
             head = re.sub(r"__launch_bounds__\([^)]*\)", "", text)
             name, params = head.split("(")[0].split()[-1], head.split("(", 1)[1].split(")")[0].split(",")
-            self._texts[name] = DEFINITION + text
-            self._constants[name] = ["const" in param for param in params]
-        assert set(names) <= set(self._texts)
+            self._texts[prefix + name] = name, includes + DEFINITION + text
+            self._constants[prefix + name] = ["const" in param for param in params]
+        assert {prefix + name for name in names} <= set(self._texts)
 
     def allocate(self, num_bytes: int, purpose: str) -> int:
         array = np.zeros(num_bytes + 256, np.uint8)
@@ -78,7 +77,8 @@ class EmulatedDevice:
         self, name: str, grid: Sequence[int], block: int, shared: int, args: Sequence[Any], overlaps: bool = False
     ) -> None:
         if name not in self._kernels:
-            self._kernels[name] = compile_kernel(self._includes + self._texts[name], name)
+            own_name, text = self._texts[name]
+            self._kernels[name] = compile_kernel(text, own_name)
         values = [self._value(arg, const) for arg, const in zip(args, self._constants[name], strict=True)]
         self._do(lambda: (self.launched.append(name), self._kernels[name](tuple(grid), block, values, shared)))
 

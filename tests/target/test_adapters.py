@@ -260,8 +260,3 @@ def test_async_engine(model: Model, artifact: Path) -> None:
 
     with mlcgen.AsyncEngine(artifact, num_pages=64) as engine:
         assert asyncio.run(_live(engine, model)) == expected_ids(model, prompt(8, 2), "some")
-
-
-def test_other_targets_say_so(model: Model, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"vulkan has no kernels for adapters.*--lora-rank"):
-        mlcgen.compile(model.paths["all"].parent, ["vulkan"], "q8", tmp_path / "a", lora_rank=4)

@@ -5,46 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mlcgen.adapter_layout import AdapterLimits, ProjectionGroup
+from mlcgen.adapter_layout import AdapterLimits
 from mlcgen.targets.base import LowRank
 from mlcgen.targets.cpu_kernels import low_rank
 
 from .cpu_build import assert_close, build, compiles_for_aarch64, every_float_isa, normal
 from .emulate import without_emulator
-from .reference import rms_norm, silu_mul, tiled
-
-EPS = 1e-5
-SLOTS = 3
-
-
-def stored(
-    spec: LowRank, rng: np.random.Generator
-) -> tuple[list[np.ndarray], list[list[tuple[np.ndarray, np.ndarray]]]]:
-    """(lora_a and lora_b, the A and B of each part that they mean, for each slot)"""
-    limits, dtype = spec.limits, spec.limits.dtype
-    matrices = [
-        [
-            (normal(rng, limits.rank, spec.in_features).astype(dtype), normal(rng, n, limits.rank).astype(dtype))
-            for n in spec.out_features
-        ]
-        for _ in range(limits.slots)
-    ]
-    a = np.stack([tiled(np.concatenate([a for a, _ in parts])) for parts in matrices])
-    b = np.stack([np.concatenate([tiled(b) for _, b in parts]) for parts in matrices])
-    group = ProjectionGroup(("p",) * len(spec.out_features), spec.in_features, spec.out_features)
-    assert (a.shape, b.shape) == (group.a_shape(limits), group.b_shape(limits))
-    return [a, b], matrices
-
-
-def expected(spec: LowRank, x: np.ndarray, slots: np.ndarray, matrices: list, y: np.ndarray) -> np.ndarray:
-    result = y.astype(np.float64)
-    for t, slot in enumerate(slots):
-        if slot >= 0:
-            parts = [
-                x[t].astype(np.float64) @ a.T.astype(np.float64) @ b.T.astype(np.float64) for a, b in matrices[slot]
-            ]
-            result[t] += np.concatenate(parts)
-    return result
+from .low_rank import BATCHES, EPS, SLOTS, expected, stored
+from .reference import rms_norm, silu_mul
 
 
 def check(mcpu: str, spec: LowRank, all_slots: list[list[int]]) -> None:
@@ -62,18 +30,6 @@ def check(mcpu: str, spec: LowRank, all_slots: list[list[int]]) -> None:
         assert_close(y, wanted, 3e-6)
         none = np.array(slots) < 0
         np.testing.assert_array_equal(y[none], before[none])
-
-
-BATCHES = [
-    [0],
-    [-1],
-    [2, -1, 0],
-    [1] * 8,
-    [1] * 9,
-    [0] * 7 + [1] * 9 + [-1] * 8 + [2] * 20 + [-1, 0, 1, 2],
-    [-1] * 20,
-    list(np.random.default_rng(0).integers(-1, SLOTS, 21)),
-]
 
 
 @every_float_isa

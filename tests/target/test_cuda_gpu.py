@@ -19,12 +19,14 @@ import pytest
 
 import mlcgen
 from mlcgen import SamplingParams, nvrtc
+from mlcgen.adapter_layout import AdapterLayout
 from mlcgen.artifact import read_manifest
 from mlcgen.runtime import cuda, load_plan
 from mlcgen.runtime.engine import Engine
-from mlcgen.runtime.executor import Executor, StepInput
+from mlcgen.runtime.executor import AdaptedExecutor, AdaptedStepInput, Executor, StepInput
 from mlcgen.runtime.host_sampling import HostSampling
 from mlcgen.runtime.load import load_executor
+from mlcgen.runtime.peft import Matrices
 from mlcgen.runtime.plan_executor import PlanExecutor
 from mlcgen.runtime.sampler import Sampler
 
@@ -50,6 +52,7 @@ CONFIG = {
 SMALL = {"hidden_size": 128, "intermediate_size": 128}  # where attention alone is meant
 DEEP = {"num_hidden_layers": 6}
 MAX_BATCH = 128
+SLOTS, RANKS = 4, [16, 5]  # of adapters
 
 
 def both(path: Path, num_pages: int) -> tuple[Executor, Executor]:
@@ -60,15 +63,17 @@ def both(path: Path, num_pages: int) -> tuple[Executor, Executor]:
 QUANTIZATIONS, PAGE_SIZES, HEAD_DIMS, KV_HEADS = ["f16", "bf16", "q8", "q4"], [1, 16, 64], [64, 96, 256], [1, 2, 8]
 
 
-def compile_into(folder: Path, quantization: str, page_size: int = 16, **config: int) -> Path:
+def compile_into(folder: Path, quantization: str, page_size: int = 16, lora_rank: int = 0, **config: int) -> Path:
     """The artifact, made where it is not there yet."""
     words = [quantization, str(page_size), *(f"{key}-{value}" for key, value in sorted(config.items()))]
+    words += [f"lora-{lora_rank}"] * bool(lora_rank)
     out = folder / "_".join(words)
     if not out.exists():
         model = folder / f"{out.name}.model"
         model.mkdir(parents=True)
         (model / "config.json").write_text(json.dumps(CONFIG | config))
         options = {"page_size": page_size, "max_batch": MAX_BATCH, "kv_dtype": "float16", "random_weights": True}
+        options |= {"lora_rank": lora_rank or None, "adapters": SLOTS}
         mlcgen.compile(model, ["cpu:x86-64-v3", "cuda"], quantization, out, **options)
     return out
 
@@ -202,9 +207,105 @@ def test_streamed_layers_give_the_same_tokens(
     assert _generate(streamed, prompts, greedy) == _generate(whole, prompts, greedy)
 
 
-def _generate(executor: Executor, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
+def random_matrices(layout: AdapterLayout, seed: int) -> Matrices:
+    """An adapter that changes results by about as much as they are."""
+    rng = np.random.default_rng(seed)
+    arrays = [(rng.standard_normal(shape[1:]) * 0.06).astype(np.float16) for shape in layout.buffers.values()]
+    return list(zip(arrays[::2], arrays[1::2], strict=True))
+
+
+def load_adapters(executor: Executor) -> None:
+    assert isinstance(executor, AdaptedExecutor)
+    assert executor.adapters is not None
+    for slot in range(SLOTS):
+        executor.write_adapter(slot, random_matrices(executor.adapters, slot))
+
+
+def adapted(step: StepInput, slots: np.ndarray) -> AdaptedStepInput:
+    """The step, its sequences with the adapters in these slots."""
+    return AdaptedStepInput(**vars(step), adapter_slots=np.repeat(slots.astype(np.int32), np.diff(step.query_start)))
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("batch", [1, 3, 8, 17, 64, 128])
+def test_adapters_mixed_in_a_batch(compiled: Any, rank: int, batch: int) -> None:
+    """Prompts of up to 70 tokens, then decodes: run, recorded, with other adapters, and with none between."""
+    gpu, cpu = both(compiled("q4", lora_rank=rank), num_pages=batch * 5)
+    for each in (gpu, cpu):
+        load_adapters(each)
+    rng = np.random.default_rng(batch)
+    tables = rng.permutation(batch * 5).reshape(batch, 5)
+    lengths, slots = rng.integers(1, 70, batch), rng.integers(-1, SLOTS, batch)
+    for start in range(0, batch, 7):
+        part = slice(start, start + 7)
+        chunk = adapted(step_input([0] * len(lengths[part]), lengths[part].tolist(), tables[part], 16), slots[part])
+        assert_same(gpu.step(chunk), cpu.step(chunk), 5e-3)
+    for given in (slots, slots, slots[::-1], None, np.full(batch, 2), np.full(batch, -1)):
+        decode = step_input(lengths.tolist(), [1] * batch, tables, 16)
+        decode = decode if given is None else adapted(decode, given)
+        assert_same(gpu.step(decode), cpu.step(decode), 5e-3)
+        lengths = lengths + 1
+
+
+@pytest.mark.parametrize("tokens", [2, 16, 65, 128, 129, 200, 300, 512])
+def test_adapters_of_prompts(compiled: Any, tokens: int) -> None:
+    """Three prompts of one adapter, of none and of another, one of them a single token."""
+    gpu, cpu = both(compiled("q4", lora_rank=RANKS[0]), num_pages=99)
+    for each in (gpu, cpu):
+        load_adapters(each)
+    batch = step_input([0, 0, 0], [tokens // 2, 1, tokens - tokens // 2], np.arange(99).reshape(3, 33), 16)
+    for slots in ([1, -1, 3], [-1, 0, -1], [2, 2, 2]):
+        step = adapted(batch, np.array(slots))
+        assert_same(gpu.step(step), cpu.step(step), 5e-3)
+
+
+def test_steps_without_adapters_are_as_they_were(compiled: Any) -> None:
+    gpu = load_executor(compiled("q4", lora_rank=RANKS[0]), "cuda", 40).executor
+    batch = step_input([0, 0], [20, 7], np.arange(40).reshape(2, 20), 16)
+    decode = step_input([20, 7], [1, 1], np.arange(40).reshape(2, 20), 16)
+    before = [gpu.step(step).copy() for step in (batch, decode)]
+    load_adapters(gpu)
+    changed = [gpu.step(adapted(step, np.array([0, 1]))).copy() for step in (batch, decode)]
+    assert all(np.linalg.norm(a - b) > 0.05 * np.linalg.norm(b) for a, b in zip(changed, before, strict=True))
+    for step, logits in zip((batch, decode), before, strict=True):
+        np.testing.assert_array_equal(gpu.step(step), logits)
+
+
+def test_greedy_tokens_with_adapters_are_those_of_the_cpu(compiled: Any) -> None:
+    """Looking ahead; sequences with adapters and without end at different times."""
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(3, 1000, int(length)).tolist() for length in rng.integers(1, 60, 20)]
+    params = [SamplingParams(temperature=0, max_tokens=8 + 3 * i, ignore_eos=True) for i in range(5)]
+    executors = both(compiled("q4", lora_rank=RANKS[0]), num_pages=100)
+    gpu, cpu = (_generate(executor, prompts, params, adapters=3) for executor in executors)
+    same = sum(a == b for a, b in zip(gpu, cpu, strict=True))
+    assert same >= 16, (gpu, cpu)  # of 20: near ties may go either way
+    assert sum(a == b for a, b in zip(gpu, _generate(executors[0], prompts, params), strict=True)) < 10
+
+
+@pytest.mark.parametrize("host_share", [0.8, 0.0], ids=["host", "file"])
+def test_streamed_layers_with_adapters(compiled: Any, monkeypatch: pytest.MonkeyPatch, host_share: float) -> None:
+    monkeypatch.setattr(load_plan, "HOST_SHARE", host_share)
+    path = compiled("q4", lora_rank=RANKS[1], **DEEP)
+    prompts = [np.random.default_rng(i).integers(5, 900, 5 + 11 * i).tolist() for i in range(10)]
+    greedy = [SamplingParams(temperature=0, max_tokens=6 + 9 * i, ignore_eos=True) for i in range(3)]
+    budget = read_manifest(path)["weights"][0]["bytes"] * 6 // 10
+    whole, streamed = (load_executor(path, "cuda", 60, weight_memory=size).executor for size in (None, budget))
+    assert _generate(streamed, prompts, greedy, adapters=2) == _generate(whole, prompts, greedy, adapters=2)
+
+
+def _generate(
+    executor: Executor, prompts: list[list[int]], params: list[SamplingParams], adapters: int = 0
+) -> list[list[int]]:
+    """adapters: how many the prompts take turns with; one more has none."""
     engine = Engine(executor, None, [2], context_length=1024, max_batch=MAX_BATCH)
-    outputs = [engine.add_request(str(i), p, params[i % len(params)]) for i, p in enumerate(prompts)]
+    names: list[str | None] = [*map(str, range(adapters)), None]
+    for slot in range(adapters):
+        engine.adapters.load(str(slot), random_matrices(engine.adapters.layout, slot))
+    outputs = [
+        engine.add_request(str(i), p, params[i % len(params)], adapter=names[i % len(names)])
+        for i, p in enumerate(prompts)
+    ]
     while engine.has_unfinished:
         engine.step()
     assert not [output.error for output in outputs if output.error]
@@ -217,6 +318,9 @@ if __name__ == "__main__":
         compile_into(folder, quantization)
     for quantization in ("bf16", "q4"):
         compile_into(folder, quantization, **DEEP)
+    for rank in RANKS:
+        compile_into(folder, "q4", lora_rank=rank)
+    compile_into(folder, "q4", lora_rank=RANKS[1], **DEEP)
     for page_size in PAGE_SIZES:
         compile_into(folder, "f16", page_size, **SMALL)
     for head_dim, kv_heads in itertools.product(HEAD_DIMS, KV_HEADS):

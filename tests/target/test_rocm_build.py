@@ -5,13 +5,14 @@ import importlib.util
 
 import pytest
 
+from mlcgen.adapter_layout import AdapterLimits
 from mlcgen.errors import CompileError
 from mlcgen.formats import BF16, Q4, Q8, grouped
 from mlcgen.targets import rocm_build
-from mlcgen.targets.base import Attention, Linear
+from mlcgen.targets.base import Attention, Linear, LowRank
 from mlcgen.targets.device_kernel import Code, DeviceKernel
 from mlcgen.targets.rocm_build import ARCHITECTURES, compile_hip, hip_source
-from mlcgen.targets.webgpu_kernels import embedding, linear, paged_attention, rope_append, sampling
+from mlcgen.targets.webgpu_kernels import embedding, linear, low_rank, paged_attention, rope_append, sampling
 from mlcgen.targets.wgsl_to_cpp import Module, modules
 
 from .code_object import CodeObject, read
@@ -32,6 +33,8 @@ KERNELS = [
     linear(Linear(Q8, 3000, 2048, norm_eps=EPS)),
     linear(Linear(BF16, 576, 1536, has_residual=True)),
     linear(Linear(grouped(4, 64, has_minimum=True), 512, 512, norm_eps=EPS, gates_result=True)),
+    low_rank(LowRank(2048, (2048, 512, 512), AdapterLimits(64, 8, "float16"), norm_eps=EPS)),
+    low_rank(LowRank(2048, (4096, 4096), AdapterLimits(256, 8, "float32"), norm_eps=EPS, gates_result=True)),
     embedding(Q8, 3000, 2048),
     rope_append(4, 2, 64, 16, "bfloat16"),
     _attention(64, "float16", 1),

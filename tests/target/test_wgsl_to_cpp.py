@@ -9,18 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlcgen.adapter_layout import AdapterLimits
 from mlcgen.errors import CompileError
 from mlcgen.formats import BF16, F16, F32, Q4, Q8, WeightFormat, grouped
 from mlcgen.runtime.sizes import evaluate
 from mlcgen.targets import rocm_build
-from mlcgen.targets.base import Linear
+from mlcgen.targets.base import Linear, LowRank
 from mlcgen.targets.device_kernel import Code, DeviceKernel, Variant
-from mlcgen.targets.webgpu_kernels import argmax, embedding, linear, rope_append, take_tokens
+from mlcgen.targets.webgpu_kernels import argmax, embedding, linear, low_rank, rope_append, take_tokens
 from mlcgen.targets.wgsl_to_cpp import prelude, translate
 
 from . import test_webgpu_attention as attention
 from . import test_webgpu_linear as products
 from . import test_webgpu_lookup as lookup
+from . import test_webgpu_low_rank as paths
 from .cuda_build import _arguments
 from .emulate_cuda import EmulatedKernel, Order, compile_kernels, compiler
 from .emulate_metal import emulated_text
@@ -38,6 +40,11 @@ LINEARS = [
     (Linear(BF16, 48, 40, has_residual=True, has_bias=True), (2, 33)),
     (Linear(Q8, 40, 96, norm_eps=EPS, gates_result=True, has_bias=True), (1, 6, 20)),
     (Linear(Q4_MINIMUM, 24, 128, norm_eps=EPS, has_residual=True, has_bias=True), (1, 2, 35)),
+]
+LOW_RANKS = [
+    LowRank(96, (64, 32, 32), paths.LIMITS),
+    LowRank(36, (48, 48), AdapterLimits(70, 3, "float32"), EPS, gates_result=True),
+    LowRank(100, (5, 83), AdapterLimits(3, 3, "float16"), EPS),
 ]
 EMBEDDINGS = [F32, F16, BF16, Q8, Q4, Q4_MINIMUM]
 ROPES = [("float32", 1), ("float16", 16), ("bfloat16", 64)]
@@ -79,6 +86,7 @@ def kernels() -> list[DeviceKernel]:
         *ropes,
         rope_append(1, 1, 64, 4, "bfloat16"),
         *(layer.kernel for layer in (*ATTENDED, *DECODED)),
+        *map(low_rank, LOW_RANKS),
         argmax(),
         take_tokens(),
     ]
@@ -140,7 +148,7 @@ class Emulation:
 def emulation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Emulation:
     """The tests of WebGPU run what is translated. Results must not depend on the order of threads."""
     found = Emulation(*request.param)
-    for module in (attention, products, lookup):
+    for module in (attention, products, lookup, paths):
         monkeypatch.setattr(module, "run", found.run)
     return found
 
@@ -153,6 +161,13 @@ emulates = pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize(("spec", "num_tokens"), LINEARS, ids=lambda value: getattr(value, "name", ""))
 def test_linear(spec: Linear, num_tokens: tuple[int, ...]) -> None:
     products.check(spec, num_tokens)
+
+
+@needs_clang
+@emulates
+@pytest.mark.parametrize("spec", LOW_RANKS, ids=lambda spec: spec.name)
+def test_low_rank(spec: LowRank) -> None:
+    paths.check(spec, paths.BATCHES)
 
 
 @needs_clang

@@ -1,5 +1,6 @@
 """What CudaDevice and HipDevice have in common, with drivers that need no GPU."""
 
+import ctypes
 import gc
 import re
 import threading
@@ -241,6 +242,14 @@ def test_launch(api: Cuda, driver: FakeDriver, device: DriverDevice) -> None:
         "launch add grid 1 1 1 block 32 1 1 shared 0 attributes; args 8 8 4",
     ]
     assert driver.logged("run") == ["run add", "run plain", "run add"]
+
+
+def test_two_modules_with_a_function_of_one_name(driver: FakeDriver, device: DriverDevice) -> None:
+    device.load(b"plain(8) other", ["plain"])
+    device.load(b"plain(4)", ["plain"], "second:")
+    device.launch("second:plain", (1, 1, 1), 32, 0, [ctypes.c_int32(1)])
+    device.launch("plain", (1, 1, 1), 32, 0, [ctypes.c_uint64(1)])
+    assert [line.rpartition(" ")[2] for line in driver.logged("launch")] == ["4", "8"]
 
 
 @pytest.mark.parametrize(

@@ -229,3 +229,29 @@ def test_layers_in_another_order_than_theirs(driver: FakeDriver, api: Cuda) -> N
                 stream.reach(4)
         device.synchronize()
         assert [float(array[0]) for array in found] == [2, 0, 2, 1] * 2
+
+
+def test_two_plans_have_the_same_layers_on_their_way(driver: FakeDriver, api: Cuda) -> None:
+    """A step of either may follow one of the other, whose kernels are at other places."""
+    device = api.open()
+    specs = {f"{i}.w": NORM for i in range(3)}
+    weights = {name: np.full(3, i, np.float32) for i, name in enumerate(specs)}
+    layers = [[name] for name in specs]
+    plans = plan_of(["0.w"], ["1.w"], ["2.w"]), plan_of(["x"], ["0.w"], ["x"], ["1.w"], ["2.w"], ["x"])
+    visits = [find_visits(plan, layers) for plan in plans]
+    source = LayersInMemory(device, specs, weights, layers)
+    stream = LayerStream(device, visits[0], source, visits[1])
+    for which in (0, 1, 1, 0, 0, 1):
+        found = []
+        for index, (_, tensors, _) in enumerate(plans[which]["steps"]):
+            stream.reach(index, bool(which))
+            name = plans[which]["tensors"][tensors[0]]["name"]
+            if name in specs:
+                found.append(device.pinned(12).view(np.float32))
+                device.download(found[-1], stream.addresses()[name])
+        stream.reach(len(plans[which]["steps"]), bool(which))
+        device.synchronize()
+        assert [float(array[0]) for array in found] == [0, 1, 2]
+    other = find_visits(plan_of(["1.w"], ["0.w"], ["2.w"]), layers)
+    with pytest.raises(ArtifactError, match="for adapters reads layers in another order; compile"):
+        LayerStream(device, visits[0], source, other)

@@ -24,8 +24,8 @@ def manifest_of(plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[s
         "module": base64.b64encode(b"*").decode(),
         **{"kernels": {}, "storages": [1 << 20], "scratch": 0, "pages": {"layers": 2}, "output": 0},
     }
-    monkeypatch.setattr("mlcgen.runtime.plan.read_plan", lambda file: plan)
-    monkeypatch.setattr("mlcgen.runtime.plan.check_fit", lambda *checked: None)
+    monkeypatch.setattr("mlcgen.runtime.load_plan.read_plan", lambda file: plan)
+    monkeypatch.setattr("mlcgen.runtime.load_plan.check_fit", lambda *checked: None)
     return {"kv": {"num_layers": 2, "num_kv_heads": 2, "page_size": 16, "head_dim": 64, "dtype": "float16"}}
 
 
@@ -59,7 +59,7 @@ def test_memory_for_weights_is_a_budget(driver: FakeDriver, has_weights: bool) -
     device = CudaDevice()
     device.load(b"*", ["random_uint8"])
     before = device.memory()[0]
-    addresses, stream = loading._weights(device, plan, weights, 5 << 20, makes_random=True)
+    addresses, stream = loading._weights(device, [plan], weights, 5 << 20, makes_random=True)
     assert sorted(addresses) == sorted(plan["weights"])
     assert before - device.memory()[0] <= (5 << 20) + 16
     assert stream is not None
@@ -78,11 +78,11 @@ def test_a_budget_that_is_enough_changes_nothing(driver: FakeDriver) -> None:
     plan = layered(6)
     device = CudaDevice()
     device.load(b"*", ["random_uint8"])
-    assert loading._weights(device, plan, None, 7 << 20, makes_random=True)[1] is None
+    assert loading._weights(device, [plan], None, 7 << 20, makes_random=True)[1] is None
 
 
 def test_devices_that_cannot_stream(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     device = CudaDevice()
     monkeypatch.setattr(loading, "StreamingDevice", type(None))
     with pytest.raises(TargetError, match=r"Fake GPU 90 cannot stream weights \(weight_memory\)"):
-        loading._stream(device, layered(3), {}, [["layers.0.w"]])
+        loading._stream(device, [layered(3)], {}, [["layers.0.w"]])

@@ -272,6 +272,17 @@ def test_all_is_done_in_order(gpu: Gpu, device: MetalDevice) -> None:
     ]
 
 
+def test_two_modules_with_a_function_of_one_name(gpu: Gpu, device: MetalDevice) -> None:
+    gpu.kernels["add"] = add
+    device.load(b"add other", ["add"])
+    device.load(b"add", ["add"], "second:")
+    to, source = device.allocate(16, "to"), device.allocate(16, "from")
+    for name in ("add", "second:add"):
+        device.launch(name, (1, 1, 1), 32, 0, numbers(to, source, 4))
+    device.synchronize()
+    assert [launch[0] for launch in gpu.launches] == ["add", "add"]
+
+
 def test_a_copy_within_the_device(gpu: Gpu, device: MetalDevice) -> None:
     address = device.allocate(32, "numbers")
     device.upload(address, np.arange(4, dtype=np.int32))

@@ -13,9 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlcgen.adapter_layout import SLOTS
 from mlcgen.errors import ArtifactError, DeviceError, MlcgenError
-from mlcgen.runtime.executor import StepInput
-from mlcgen.runtime.plan import INPUTS, VERSION, check_fit, function_names, read_plan
+from mlcgen.runtime.executor import AdaptedStepInput, StepInput
+from mlcgen.runtime.plan import INPUTS, VERSION, check_adapted, check_fit, function_names, read_plan
+from mlcgen.runtime.plan_executor import ADAPTED as PREFIX
 from mlcgen.runtime.plan_executor import PlanExecutor
 
 
@@ -44,7 +46,7 @@ PLAN: dict[str, Any] = {
     "max_tokens_per_step": 8,
     "max_logit_rows": 2,
     "symbols": {"n": ["input_ids", 0], "blocks": ["block_table", 1]},
-    "inputs": {name: {"shape": shape, "dtype": "int32"} for name, shape in INPUTS.items()},
+    "inputs": {name: {"shape": shape, "dtype": "int32"} for name, shape in INPUTS.items() if name != SLOTS},
     "weights": {
         "table": {"shape": [4, 32, 16], "dtype": "float16", "is_tiled": True},
         "norm": {"shape": [32], "dtype": "float32", "is_tiled": False},
@@ -91,12 +93,30 @@ PLAN: dict[str, Any] = {
     "counters": 16,
     "module": "AAAA",
 }
+# The one of the same model with the path of adapters.
+ADAPTED: dict[str, Any] = PLAN | {
+    "inputs": PLAN["inputs"] | {SLOTS: {"shape": ["n"], "dtype": "int32"}},
+    "adapters": {
+        "lora_a_0": {"shape": [3, 1, 32, 16], "dtype": "float16"},
+        "lora_b_0": {"shape": [3, 2, 8, 16], "dtype": "float16"},
+    },
+    "storages": [8 * 32 * 4 + 16, 2 * 64 * 4, 64],
+    "tensors": [*PLAN["tensors"], {"kind": "adapters", "name": "lora_a_0"}, {"kind": "input", "name": SLOTS}],
+    "steps": [["embed", [0, 1, 6], {}], PLAN["steps"][1]],
+}
 MANIFEST: dict[str, Any] = {
     "model": {"vocab_size": 64},
     "kv": {"num_layers": 1, "num_kv_heads": 1, "head_dim": 32, "page_size": 4, "dtype": "bfloat16"},
     "entry": {"weights": ["table", "norm"]},
     "max_batch": 2,
     "context_length": 8,
+    "adapters": {
+        "rank": 8,
+        "slots": 3,
+        "dtype": "float16",
+        "groups": [{"projections": ["q"], "in_features": 32, "out_features": [20]}],
+        "arguments": [],
+    },
 }
 
 
@@ -106,9 +126,9 @@ def written(folder: Path, plan: Any) -> Path:
     return file
 
 
-def changed(where: str, value: Any) -> dict[str, Any]:
+def changed(where: str, value: Any, plan: dict[str, Any] = PLAN) -> dict[str, Any]:
     """The plan with what stands at a.b.0.c set, or removed for `...`."""
-    plan = copy.deepcopy(PLAN)
+    plan = copy.deepcopy(plan)
     *parents, last = [int(key) if key.isdigit() else key for key in where.split(".")]
     at: Any = plan
     for key in parents:
@@ -148,9 +168,11 @@ class Device:
 
     def __init__(self) -> None:
         self.launched: list[str] = []
+        self.allocated: list[tuple[str, int]] = []
 
     def allocate(self, num_bytes: int, purpose: str) -> int:
         assert num_bytes >= 0
+        self.allocated.append((purpose, num_bytes))
         if num_bytes > 1 << 30:
             raise DeviceError(f"no room for {purpose}")
         return 1 << 20
@@ -333,11 +355,12 @@ values = st.recursive(
     max_leaves=6,
 )
 # A part of the plan at another place has the right shape and the wrong meaning.
-damage = st.tuples(st.sampled_from(sorted(paths(PLAN))), values | st.just(...) | st.sampled_from(sorted(paths(PLAN))))
+places = st.sampled_from(sorted(paths(ADAPTED)))
+damage = st.tuples(places, values | st.just(...) | places)
 
 
 def part_at(where: str) -> Any:
-    at: Any = PLAN
+    at: Any = ADAPTED
     for key in where.split("."):
         at = at[int(key) if key.isdigit() else key]
     return at
@@ -347,9 +370,9 @@ def part_at(where: str) -> Any:
 @given(damage, st.booleans())
 def test_any_damage_is_harmless_or_refused(tmp_path: Path, damaged: tuple[str, Any], is_moved: bool) -> None:
     where, value = damaged
-    if isinstance(value, str) and is_moved and value in set(paths(PLAN)):
+    if isinstance(value, str) and is_moved and value in set(paths(ADAPTED)):
         value = part_at(value)
-    plan = changed(where, value)
+    plan = changed(where, value, ADAPTED)
     file = tmp_path / "cuda.plan"
     file.write_text(json.dumps(plan))
     try:
@@ -360,6 +383,75 @@ def test_any_damage_is_harmless_or_refused(tmp_path: Path, damaged: tuple[str, A
     assert found == plan
     with contextlib.suppress(MlcgenError):  # too little memory, a size that cannot be computed for this step
         run(found)
+
+
+def test_the_two_plans_of_an_artifact_with_adapters(tmp_path: Path) -> None:
+    """A step with adapters runs the second plan's kernels on the same memory, of the larger need of both."""
+    adapted = read_plan(written(tmp_path, ADAPTED))
+    check_adapted(adapted, PLAN, MANIFEST)
+    device = Device()
+    weights = dict.fromkeys(PLAN["weights"], 1 << 20)
+    executor = PlanExecutor(device, PLAN, MANIFEST, weights, 2, None, adapted)  # type: ignore[arg-type]
+    assert executor.adapters is not None
+    executor.write_adapter(2, [(np.zeros((1, 32, 16), np.float16), np.zeros((2, 8, 16), np.float16))])
+    for tokens, slots in ((3, None), (3, [1, 0, -1]), (1, [2])):
+        arrays = [np.zeros(size, np.int32) for size in (tokens, tokens, tokens, (1, 2), 1, 2, 1)]
+        step = StepInput(*arrays)
+        executor.step(step if slots is None else AdaptedStepInput(**vars(step), adapter_slots=np.array(slots)))
+    kernels = ["embed", "before", "many"], ["embed", "few"]
+    assert device.launched == [*kernels[0], *(PREFIX + name for name in (*kernels[0], *2 * kernels[1]))]
+    for purpose, sizes in (("intermediate results", ADAPTED["storages"]), ("adapters", [3 * 32 * 32, 3 * 16 * 32])):
+        assert [size for its_purpose, size in device.allocated if its_purpose == purpose] == sizes
+
+
+def test_no_room_for_adapters(tmp_path: Path) -> None:
+    adapted = changed("adapters.lora_a_0.shape.0", 1 << 20, ADAPTED)
+    weights = dict.fromkeys(PLAN["weights"], 1 << 20)
+    with pytest.raises(DeviceError, match="no room for adapters; or compile with fewer --adapters"):
+        PlanExecutor(Device(), PLAN, MANIFEST, weights, 2, None, adapted)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "says"),
+    [
+        ("adapters", ..., "tensors[6] names 'lora_a_0', which is not among the adapters"),
+        ("adapters", [], "adapters is missing or no object"),
+        ("adapters.lora_a_0", ..., "tensors[6] names 'lora_a_0', which is not among the adapters"),
+        ("adapters.lora_a_0.shape.0", 0, "adapters.lora_a_0.shape[0] is 0"),
+        ("adapters.lora_a_0.shape", [1 << 30, 1 << 30], "lora_a_0 is larger than any memory"),
+        ("adapters.lora_a_0.dtype", "uint8", "adapters.lora_a_0.dtype is 'uint8', none of float32, float16"),
+        ("tensors.6.name", 0, "tensors[6].name is missing or no str"),
+        ("inputs.adapter_slots", ..., "tensors[7] names 'adapter_slots', which is not among the input"),
+        ("inputs.adapter_slots.shape", ["seqs"], "inputs.adapter_slots is of a shape that no step has"),
+    ],
+)
+def test_damage_of_a_plan_for_adapters(tmp_path: Path, where: str, value: Any, says: str) -> None:
+    assert says in refused(tmp_path, changed(where, value, ADAPTED))
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "says"),
+    [
+        ("adapters.lora_a_0.shape.2", 31, "adapters"),
+        ("adapters.lora_b_0.dtype", "float32", "adapters"),
+        ("adapters.lora_b_0", ..., "adapters"),
+        ("adapters.lora_a_1", {"shape": [1], "dtype": "float16"}, "adapters"),
+        ("inputs.adapter_slots", ..., "inputs"),
+        ("inputs.tree_masks", ..., "inputs"),
+        ("weights.norm.shape.0", 31, "weights"),
+        ("pages.shape.2", 16, "pages"),
+        ("max_tokens_per_step", 16, "max tokens per step"),
+        ("max_logit_rows", 4, "max logit rows"),
+    ],
+)
+def test_plans_that_do_not_run_on_the_same_memory(where: str, value: Any, says: str) -> None:
+    with pytest.raises(ArtifactError, match=f"the {says} of the launch plan for adapters do not fit; compile"):
+        check_adapted(changed(where, value, ADAPTED), PLAN, MANIFEST)
+
+
+def test_a_plan_for_adapters_in_the_other_ones_place() -> None:
+    with pytest.raises(ArtifactError, match="the adapters of the launch plan for adapters do not fit"):
+        check_adapted(ADAPTED, ADAPTED, MANIFEST)
 
 
 WEIGHTS = {"table": np.zeros((4, 32, 16), np.float16), "norm": np.zeros(32, np.float32)}

@@ -230,6 +230,17 @@ def test_larger_than_any_buffer(device: WebgpuDevice) -> None:
 
 
 @needs_device
+def test_two_modules_with_a_function_of_one_name() -> None:
+    device, values = WebgpuDevice(), random(8)
+    device.load(json.dumps({"double": DOUBLE}).encode(), ["double"])
+    device.load(json.dumps({"double": DOUBLE.replace("2.0", "3.0")}).encode(), ["double"], "second:")
+    x, y = held(device, values), device.allocate(values.nbytes, "tests")
+    for name, factor in (("second:double", 3), ("double", 2)):
+        device.launch(name, (8, 1, 1), 1, 0, [ctypes.c_uint64(x), ctypes.c_uint64(y)])
+        np.testing.assert_array_equal(read(device, y, 8), np.float32(factor) * values)
+
+
+@needs_device
 @pytest.mark.parametrize("module", [b"", b"[]", b"{}", b'{"scale": 5, "double": ""}', b"\xff"])
 def test_modules_that_are_none(module: bytes) -> None:
     with pytest.raises(ArtifactError, match="compile"):

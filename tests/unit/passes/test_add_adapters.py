@@ -7,6 +7,7 @@ from mlcgen.adapter_layout import AdapterLimits, ProjectionGroup
 from mlcgen.models.layers import export
 from mlcgen.passes.add_adapters import adapter_groups, add_adapters
 from mlcgen.passes.rewrite import FORWARD
+from mlcgen.targets import resolve
 from mlcgen.targets.base import LowRank
 
 ROWS, COLUMNS, RANK, SLOTS = 20, 24, 3, 2
@@ -121,6 +122,32 @@ def test_norm_and_gate_are_the_kernels_own(tools):
 
     mod = tools.forward([tools.var("x", tools.n, 2 * COLUMNS), tools.var("w", ROWS, COLUMNS)], gated)
     assert "low_rank_gated" in tools.ops(add(tools, mod))
+
+
+def swiglu(tools, is_read_again=False):
+    """A product with gate and up, SwiGLU, and the product with down; or the sum of SwiGLU's result and up."""
+
+    def body(builder, x, gate_up, down):
+        split = builder.emit(relax.op.split(tools.linear(builder, x, gate_up), 2, axis=1))
+        gate, up = (builder.emit(relax.TupleGetItem(split, i)) for i in range(2))
+        hidden = builder.emit(relax.op.multiply(builder.emit(relax.op.nn.silu(gate)), up))
+        return relax.op.add(hidden, up) if is_read_again else tools.linear(builder, hidden, down)
+
+    weights = [tools.var("gate_up", 2 * COLUMNS, COLUMNS), tools.var("down", COLUMNS, COLUMNS)]
+    return tools.forward([tools.var("x", tools.n, COLUMNS), *weights], body)
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_90", "vulkan"])
+def test_swiglu_of_a_product_comes_after_its_path(tools, target):
+    """Where products compute their own SwiGLU, unless something else reads what it is of."""
+    limits = AdapterLimits(RANK, SLOTS, "float16")
+    found = add_adapters(swiglu(tools), limits, resolve(target))
+    product = ["permute_dims", "matmul"]
+    assert tools.ops(found) == [*product, "low_rank_swiglu", *product, "low_rank"]
+    found = add_adapters(swiglu(tools, is_read_again=True), limits, resolve(target))
+    assert tools.ops(found) == [*product, "low_rank", "split", "nn.silu", "multiply", "add"]
+    found = add(tools, swiglu(tools))
+    assert tools.ops(found) == [*product, "low_rank", "split", "nn.silu", "multiply", *product, "low_rank_gated"]
 
 
 def test_projections_that_became_one(tools):
