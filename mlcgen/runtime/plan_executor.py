@@ -28,11 +28,11 @@ from mlcgen.runtime.kv_cache import stretches
 from mlcgen.runtime.layer_stream import LayerStream
 from mlcgen.runtime.pinned import PinnedRows, power_of_two
 from mlcgen.runtime.plan import ITEM_BYTES, adapter_bytes, storage_bytes
+from mlcgen.runtime.sized_launch import SizedLaunch, changes, sized_launches, tensor_map
 from mlcgen.runtime.sizes import evaluate
 
 INPUT_ALIGNMENT = 256  # bytes
 ADAPTED = "adapted:"  # what names of the second plan's kernels begin with
-_ARGUMENTS = {"int32": ctypes.c_int32, "int64": ctypes.c_int64}
 
 
 class _Inputs:
@@ -41,6 +41,7 @@ class _Inputs:
     def __init__(self, device: Device, num_bytes: int) -> None:
         self.staging = device.pinned(num_bytes)
         self.address = device.allocate(num_bytes, "inputs of a step")
+        self.kept: dict[tuple[str, int, int], list[Any]] = {}  # of each launch of a plan: its arguments, but for sizes
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class PlanExecutor:
         self._weights = weights
         self._max_logit_rows = min(int(plan["max_logit_rows"]), device.largest_binding // (self.vocab_size * 4))
         self._logits = PinnedRows(device, self.vocab_size)
-        self._decode_steps: dict[tuple[int, ...], Step] = {}
+        self._decode_steps: dict[tuple[str, int, int, int], Step] = {}
         self._room = self._largest_step(manifest)
         inputs = max(self._input_layout(each, self._room, self._room)[2] for each in plans)
         self._inputs = [_Inputs(device, inputs) for _ in range(self.TURNS)]  # of steps of any size
@@ -311,57 +312,46 @@ class PlanExecutor:
         self.device.upload(step.inputs.address, step.inputs.staging[: step.num_bytes])
         self.begin(step)
         plan, is_adapted = step.function.plan, step.function is not self._functions[0]
+        found: dict[tuple[Any, ...], tuple[dict[str, int], list[SizedLaunch]]] = {}
         for index, (name, tensors, own) in enumerate(plan["steps"]):
             waits = self.stream is not None and self.stream.reach(index, is_adapted)
-            symbols = step.symbols | {symbol: evaluate(size, step.symbols) for symbol, size in own.items()}
-            for launch in self._launches(plan, name, symbols):
-                self._launch(launch, tensors, step, symbols, waits)
+            key = (name, *(evaluate(size, step.symbols) for size in own.values()))
+            if key not in found:
+                symbols = step.symbols | dict(zip(own, key[1:], strict=True))
+                found[key] = symbols, sized_launches(name, plan["kernels"][name], symbols, self._scratch)
+            symbols, launches = found[key]
+            for launch in launches:
+                self._launch(launch, index, tensors, step, waits)
                 waits = False
             yield name, tensors, symbols
         if self.stream is not None:
             self.stream.reach(len(plan["steps"]), is_adapted)
 
-    def _launches(
-        self, plan: Mapping[str, Any], kernel: str, symbols: Mapping[str, int]
-    ) -> Sequence[Mapping[str, Any]]:
-        for variant in plan["kernels"][kernel]:
-            if evaluate(variant["when"], symbols):
-                launches: Sequence[Mapping[str, Any]] = variant["launches"]
-                return launches
-        raise RequestError(f"no variant of {kernel} fits {symbols}")
-
-    def _launch(
-        self, launch: Mapping[str, Any], tensors: Sequence[int], step: Step, symbols: dict[str, int], waits: bool
-    ) -> None:
-        """waits: until all that came before it has ended."""
-        args = [self._argument(arg, tensors, step, symbols) for arg in launch["args"]]
-        grid = [evaluate(size, symbols) for size in launch["grid"]]
-        shared = evaluate(launch["shared"], symbols)
+    def _launch(self, sized: SizedLaunch, index: int, tensors: Sequence[int], step: Step, waits: bool) -> None:
+        """index: the call's in the plan. waits: until all that came before it has ended."""
+        launch, prefix = sized.launch, step.function.prefix
+        key = (prefix, index, id(launch))
+        if key not in step.inputs.kept:
+            step.inputs.kept[key] = [self._kept_argument(arg, tensors, step) for arg in launch["args"]]
+        args = sized.arguments(step.inputs.kept[key], self.device)
         overlaps = launch["overlaps"] and not waits
-        self.device.launch(step.function.prefix + launch["function"], grid, launch["block"], shared, args, overlaps)
+        self.device.launch(prefix + launch["function"], sized.grid, launch["block"], sized.shared, args, overlaps)
 
-    def _argument(self, arg: Sequence[Any], tensors: Sequence[int], step: Step, symbols: dict[str, int]) -> Any:
+    def _kept_argument(self, arg: Sequence[Any], tensors: Sequence[int], step: Step) -> Any:
+        """See SizedLaunch.arguments."""
         kind, value = arg
-        if kind in _ARGUMENTS:
-            return _ARGUMENTS[kind](evaluate(value, symbols))
-        if kind == "float32":
-            return ctypes.c_float(value)
         if kind == "map":
-            address = self._address(value["of"], tensors, step, symbols)
-            dims = tuple(evaluate(size, symbols) for size in value["dims"])
-            return self.device.tensor_map(  # type: ignore[attr-defined]  # of CUDA, whose plans alone have maps
-                address, value["dtype"], dims, tuple(value["strides"]), tuple(value["box"]), value["swizzle"]
-            )
-        return ctypes.c_uint64(self._address(arg, tensors, step, symbols))
+            address = self._address(value["of"], tensors, step)
+            return address if changes(arg) else tensor_map(self.device, value, address, value["dims"])
+        return ctypes.c_float(value) if kind == "float32" else ctypes.c_uint64(self._address(arg, tensors, step))
 
-    def _address(self, arg: Sequence[Any], tensors: Sequence[int], step: Step, symbols: dict[str, int]) -> Address:
+    def _address(self, arg: Sequence[Any], tensors: Sequence[int], step: Step) -> Address:
+        """0 for what is none, or changes with a step's sizes."""
         kind, value = arg
         if kind == "tensor":
             return self._tensor_address(step, tensors[value])
         if kind == "part":
             return self._tensor_address(step, tensors[value[0]]) + int(value[1])
-        if kind == "scratch":
-            return self._scratch + evaluate(value, symbols)
         return self._counters if kind == "counters" else 0
 
     def _tensor_address(self, step: Step, index: int) -> Address:
