@@ -42,7 +42,7 @@ def emulated(path: Path, weight_memory: int | None = None) -> SamplingPlanExecut
     manifest, stored = artifact.read_manifest(path), artifact.map_weights(path / artifact.WEIGHTS)
     plans = [path / "lib" / f"cuda-sm_80{kind}.plan" for kind in ("", ".adapters")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load_plan, "_device", lambda kind: EmulatedDevice())
+        patch.setattr(load_plan, "open_device", lambda kind: EmulatedDevice())
         sizes = PAGES, 8, 0.9, weight_memory
         executor = load_plan.load_plan("cuda", plans[0], manifest, stored, *sizes, plans[1])
     assert isinstance(executor, SamplingPlanExecutor)
