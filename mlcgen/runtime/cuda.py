@@ -9,6 +9,9 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from mlcgen.errors import TargetError
 from mlcgen.runtime.device import Address
 from mlcgen.runtime.driver_device import NO_DEVICE, Driver, DriverDevice
@@ -20,7 +23,7 @@ _RENAMED = {  # by macros of cuda.h
     call: f"{call}_v2"
     for call in (
         *("DevicePrimaryCtxRelease", "MemGetInfo", "MemAlloc", "MemFree", "MemcpyHtoDAsync", "MemcpyDtoHAsync"),
-        *("MemcpyDtoDAsync", "StreamDestroy", "StreamBeginCapture", "EventDestroy"),
+        *("MemcpyDtoDAsync", "Memcpy3DAsync", "StreamDestroy", "StreamBeginCapture", "EventDestroy"),
     )
 }
 _MAJOR, _MINOR, _SHARED_OPTIN = 75, 76, 97  # CUdevice_attribute
@@ -45,6 +48,21 @@ class _Config(ctypes.Structure):  # CUlaunchConfig
     ]
 
 
+class _Side(ctypes.Structure):  # of CUDA_MEMCPY3D: where a copy comes from, or goes to
+    _fields_ = [
+        *((name, _SIZE) for name in ("x", "y", "z", "lod")),
+        ("kind", _UINT),
+        *((name, _PTR) for name in ("host", "device", "array", "reserved")),
+        ("pitch", _SIZE),
+        ("height", _SIZE),
+    ]
+
+
+class _Copy(ctypes.Structure):  # CUDA_MEMCPY3D
+    _fields_ = [("source", _Side), ("to", _Side), *((name, _SIZE) for name in ("width", "height", "depth"))]
+
+
+_HOST, _DEVICE = 1, 2  # CUmemorytype
 _OVERLAPPING = (_Attribute * 1)(_Attribute(_OVERLAPS, b"", 1, b""))
 
 
@@ -136,6 +154,18 @@ class CudaDevice(DriverDevice):
     def _instantiate(self, executable: ctypes.c_void_p, recorded: ctypes.c_void_p) -> int:
         return self._driver.library.cuGraphInstantiateWithFlags(ctypes.byref(executable), recorded, _U64(0))
 
+    def upload_layers(self, to: Address, stride: int, array: npt.NDArray[np.uint8]) -> None:
+        """See StridedDevice.upload_layers."""
+        self._copy_layers(_host_side(array), _device_side(array, to, stride), array)
+
+    def download_layers(self, to: npt.NDArray[np.uint8], source: Address, stride: int) -> None:
+        """See StridedDevice.download_layers."""
+        self._copy_layers(_device_side(to, source, stride), _host_side(to), to)
+
+    def _copy_layers(self, source: _Side, to: _Side, array: npt.NDArray[np.uint8]) -> None:
+        layers, pages, num_bytes = array.shape
+        self._call("Memcpy3DAsync", ctypes.byref(_Copy(source, to, num_bytes, pages, layers)), self._stream)
+
     def tensor_map(
         self,
         address: Address,
@@ -176,3 +206,13 @@ class CudaDevice(DriverDevice):
         if status:
             raise self._driver.error(f"cuTensorMapEncodeTiled of {dtype} {dims} in boxes of {box}", status)
         return ctypes.create_string_buffer(ctypes.string_at(at, 128), 128)
+
+
+def _host_side(array: npt.NDArray[np.uint8]) -> _Side:
+    num_bytes = array.shape[2]
+    return _Side(kind=_HOST, host=array.ctypes.data, pitch=num_bytes, height=array.strides[0] // num_bytes)
+
+
+def _device_side(array: npt.NDArray[np.uint8], address: Address, stride: int) -> _Side:
+    num_bytes = array.shape[2]
+    return _Side(kind=_DEVICE, device=address, pitch=num_bytes, height=stride // num_bytes)

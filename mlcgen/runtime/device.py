@@ -73,6 +73,23 @@ class Device(Protocol):
 
 
 @runtime_checkable
+class StridedDevice(Device, Protocol):
+    """A device that copies layers which lie apart as one.
+
+    The host's array is (layers, pages, bytes), each layer's pages one after the other; on the device a layer begins
+    `stride` bytes after the one before, a multiple of a page's.
+    """
+
+    def upload_layers(self, to: Address, stride: int, array: npt.NDArray[np.uint8]) -> None:
+        """Start copying; the array must stay as it is until `synchronize`."""
+        ...
+
+    def download_layers(self, to: npt.NDArray[np.uint8], source: Address, stride: int) -> None:
+        """Start copying; the array is valid after `synchronize`."""
+        ...
+
+
+@runtime_checkable
 class StreamingDevice(Device, Protocol):
     """A device that copies beside its kernels. A fence is passed when all is done that was started before it.
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from mlcgen.adapter_layout import SLOTS, AdapterLayout
 from mlcgen.errors import DeviceError, RequestError
 from mlcgen.runtime.check_numerics import described, is_finite
-from mlcgen.runtime.device import Address, Device
+from mlcgen.runtime.device import Address, Device, StridedDevice
 from mlcgen.runtime.executor import AdaptedStepInput, Float32, Int32, StepInput, Uint8
 from mlcgen.runtime.kv_cache import stretches
 from mlcgen.runtime.layer_stream import LayerStream
@@ -101,7 +101,8 @@ class PlanExecutor:
         pages = plan["pages"]
         page_bytes = prod(pages["shape"]) * ITEM_BYTES[pages["dtype"]]
         self.page_shape = int(pages["layers"]), page_bytes
-        self._pages = [device.allocate(num_pages * page_bytes, "KV pages") for _ in range(pages["layers"])]
+        self._strided = device if isinstance(device, StridedDevice) else None
+        self._pages = self._allocate_pages()
         self._storages = [device.allocate(size, "intermediate results") for size in storage_bytes(plans)]
         self._scratch = device.allocate(max(each["scratch"] for each in plans), "kernels' scratch memory")
         self._counters = device.allocate(max(each["counters"] for each in plans), "kernels' counters")
@@ -160,21 +161,40 @@ class PlanExecutor:
 
     def read_pages(self, pages: Sequence[int], host: Uint8, places: Sequence[int]) -> None:
         """See Executor.read_pages."""
-        for held, address in self._page_copies(pages, host, places):
-            self.device.download(held, address)
+        for held, offset in self._page_copies(pages, host, places):
+            if self._strided is not None:
+                self._strided.download_layers(held, self._pages[0] + offset, self._layer_stride)
+            else:
+                for layer, address in zip(held, self._pages, strict=True):
+                    self.device.download(layer, address + offset)
         self.device.synchronize()
 
     def write_pages(self, pages: Sequence[int], host: Uint8, places: Sequence[int]) -> None:
         """See Executor.write_pages."""
-        for held, address in self._page_copies(pages, host, places):
-            self.device.upload(address, held)
+        for held, offset in self._page_copies(pages, host, places):
+            if self._strided is not None:
+                self._strided.upload_layers(self._pages[0] + offset, self._layer_stride, held)
+            else:
+                for layer, address in zip(held, self._pages, strict=True):
+                    self.device.upload(address + offset, layer)
         self.device.synchronize()  # the contents may change afterwards
 
-    def _page_copies(self, pages: Sequence[int], host: Uint8, places: Sequence[int]) -> Iterator[tuple[Uint8, Address]]:
-        """Memory of the host and of the device for each layer of pages that are neighbours in both."""
+    def _page_copies(self, pages: Sequence[int], host: Uint8, places: Sequence[int]) -> Iterator[tuple[Uint8, int]]:
+        """For pages that are neighbours in both memories: the host's, and where they begin in each layer's."""
         for page, place, count in stretches(pages, places):
-            for held, layer in zip(host, self._pages, strict=True):
-                yield held[place : place + count], layer + page * self.page_shape[1]
+            yield host[:, place : place + count], page * self.page_shape[1]
+
+    @property
+    def _layer_stride(self) -> int:
+        return self.num_pages * self.page_shape[1]
+
+    def _allocate_pages(self) -> list[Address]:
+        """Of each layer; in one piece only where that lets layers be copied together."""
+        layers, size = self.page_shape[0], self._layer_stride
+        if self._strided is None:
+            return [self.device.allocate(size, "KV pages") for _ in range(layers)]
+        first = self.device.allocate(layers * size, "KV pages")
+        return [first + layer * size for layer in range(layers)]
 
     def synchronize(self) -> None:
         """See Executor.synchronize."""

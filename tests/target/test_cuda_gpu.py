@@ -123,6 +123,21 @@ def test_contexts(compiled: Any, page_size: int, context: int) -> None:
     assert_same(found, expected, 5e-3)
 
 
+def test_pages_that_were_on_the_host(compiled: Any) -> None:
+    """A token after a prompt whose pages have gone to the host and come back elsewhere: the same numbers."""
+    executor = load_executor(compiled("f16", 16, **SMALL), "cuda", 16).executor
+    layers, layer_bytes = executor.page_shape
+    host = executor.pinned(layers * 5 * layer_bytes)[: layers * 5 * layer_bytes].reshape(layers, 5, layer_bytes)
+    tables = np.array([[3, 4, 5, 0]])
+    executor.step(step_input([0], [50], tables, 16))
+    executor.read_pages([3, 4, 5, 0], host, [1, 2, 3, 0])
+    expected = executor.step(step_input([50], [1], tables, 16)).copy()
+    for moved in ([7, 8, 9, 1], [15, 2, 11, 6]):
+        executor.write_pages(moved, host, [1, 2, 3, 0])
+        found = executor.step(step_input([50], [1], np.array([moved]), 16))
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 8, 17, 64, 128])
 def test_batches_of_ragged_sequences(compiled: Any, batch: int) -> None:
     gpu, cpu = both(compiled("q4"), num_pages=batch * 5)

@@ -108,6 +108,21 @@ typedef struct {
   unsigned num_attributes;
 } Config;
 
+typedef struct {
+  size_t x, y, z, lod;  // 0 in this fake
+  unsigned type;        // 1: the host's memory, 2: the device's
+  char *host;
+  uint64_t device;
+  void *array, *reserved;
+  size_t pitch, height;
+} Side;
+
+typedef struct {
+  Side from, to;
+  size_t width, height, depth;
+} Copy3D;
+
+_Static_assert(sizeof(Copy3D) == 200 && offsetof(Copy3D, to) == 88, "as in cuda.h");
 _Static_assert(sizeof(Attribute) == 72 && offsetof(Attribute, value) == 8, "as in cuda.h");
 _Static_assert(sizeof(Config) == 56 && offsetof(Config, stream) == 32, "as in cuda.h");
 
@@ -491,6 +506,31 @@ int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, Object *stream) 
   int code = drain(stream, NULL, 0);  // to pageable memory it waits
   if (!code) memcpy(to, op.from, bytes);
   return code;
+}
+
+static char *place(const Side *side, size_t y, size_t z) {
+  char *base = side->type == 1 ? side->host : (char *)(uintptr_t)side->device;
+  return base + (z * side->height + y) * side->pitch;
+}
+
+int cuMemcpy3DAsync_v2(const Copy3D *copy, Object *stream) {
+  ENTER(1, "cuMemcpy3DAsync_v2 %zu %zu %zu", copy->width, copy->height, copy->depth);
+  const Side *from = &copy->from, *to = &copy->to;
+  REQUIRE(is_live(STREAM, stream), INVALID_HANDLE);
+  REQUIRE((from->type == 1 && to->type == 2) || (from->type == 2 && to->type == 1), INVALID_VALUE);
+  REQUIRE(from->pitch >= copy->width && to->pitch >= copy->width, INVALID_VALUE);
+  REQUIRE(from->pitch < 1u << 31 && to->pitch < 1u << 31, INVALID_VALUE);
+  REQUIRE(from->height >= copy->height && to->height >= copy->height, INVALID_VALUE);
+  for (size_t z = 0; z < copy->depth; z++)
+    for (size_t y = 0; y < copy->height; y++) {
+      Op op = {.what = COPY, .to = place(to, y, z), .from = place(from, y, z), .bytes = copy->width};
+      const char *host = to->type == 1 ? op.to : op.from, *device = to->type == 1 ? op.from : op.to;
+      REQUIRE(holding(MEMORY, device, op.bytes), INVALID_VALUE);
+      REQUIRE(holding(PINNED, host, op.bytes), INVALID_VALUE);  // no pageable memory in this fake
+      int code = start(stream, &op);
+      if (code) return code;
+    }
+  return SUCCESS;
 }
 
 int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, Object *stream) {

@@ -92,6 +92,13 @@ def test_texts_that_end(length_penalty: float) -> None:
         assert each.stop_reason in (None, *stops)
 
 
+def test_one_beam_with_no_way_to_go_on() -> None:
+    """Both of the tokens that it looks at end it."""
+    likeliest = list(logprobs_after(tuple(PROMPTS[0])))[:2]
+    output = run_beams([(PROMPTS[0], beams(beam_width=1, stop_token_ids=likeliest))])[0]
+    assert (output.token_ids, output.finish_reason) == (likeliest[:1], "stop")
+
+
 @pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize(("max_batch", "num_pages"), [(1, 7), (2, 9), (3, 8), (5, 60)])
 def test_more_beams_than_places_or_pages(max_batch: int, num_pages: int, prefix_cache: bool) -> None:

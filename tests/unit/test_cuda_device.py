@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mlcgen.errors import DeviceError, TargetError
@@ -117,6 +118,36 @@ def test_a_device_is_there_until_the_process_ends(driver: FakeDriver, tmp_path: 
 
 
 # Tensor maps
+
+
+def test_layers_that_lie_apart_are_one_copy(driver: FakeDriver, device: CudaDevice) -> None:
+    """Two of three pages in each of four layers, on the host between others too."""
+    address = device.allocate(4 * 3 * 100, "pages")
+    held, sent = (
+        device.pinned(4 * 5 * 100).reshape(4, 5, 100),
+        np.arange(4 * 2 * 100, dtype=np.uint8).reshape(4, 2, 100),
+    )
+    held[:] = 7
+    held[:, 2:4] = sent
+    device.upload_layers(address + 100, 300, held[:, 2:4])
+    device.synchronize()
+    held[:] = 7
+    device.download_layers(held[:, :2], address + 100, 300)
+    whole = device.pinned(1200)
+    device.download(whole, address)
+    device.synchronize()
+    assert driver.logged("cuMemcpy3DAsync_v2") == ["cuMemcpy3DAsync_v2 100 2 4"] * 2
+    np.testing.assert_array_equal(held[:, :2], sent)
+    assert (held[:, 2:] == 7).all()
+    pages = whole.reshape(4, 3, 100)
+    np.testing.assert_array_equal(pages[:, 1:], sent)
+    assert not pages[:, 0].any()
+
+
+def test_layers_beyond_what_was_allocated(device: CudaDevice) -> None:
+    address, held = device.allocate(1200, "pages"), device.pinned(800).reshape(4, 2, 100)
+    with pytest.raises(DeviceError, match=r"cuMemcpy3DAsync failed with CUDA_ERROR_INVALID_VALUE"):
+        device.download_layers(held, address + 200, 300)
 
 
 def test_tensor_map(driver: FakeDriver, device: CudaDevice) -> None:

@@ -388,6 +388,7 @@ CALLS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {  # what makes a call,
 }
 CUDA_CALLS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "cuDeviceGetAttribute": lambda d, _: d.load(b"*", []),
+    "cuMemcpy3DAsync_v2": lambda d, b: d.upload_layers(b["address"], 32, b["held"].reshape(2, 1, 32)),
     "cuFuncGetAttribute": lambda d, _: d.load(MODULE, ["plain"]),
     "cuFuncSetAttribute": lambda d, _: d.load(MODULE, ["plain"]),
     "cuTensorMapEncodeTiled": lambda d, b: d.tensor_map(b["address"], "float16", (8, 2), (16,), (8, 1), 0),

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from mlcgen.errors import DeviceError
 from mlcgen.runtime import host_pages, page_mover
-from mlcgen.runtime.cuda import CudaDevice
 from mlcgen.runtime.host_pages import FilePages, MemoryPages
 from mlcgen.runtime.kv_cache import stretches
 from mlcgen.runtime.options import EngineOptions
@@ -20,7 +19,7 @@ from mlcgen.runtime.page_mover import PageMover
 from mlcgen.runtime.plan_executor import PlanExecutor
 from mlcgen.runtime.scheduler import Transfer
 
-from .fake_driver import FakeDriver, install_cuda
+from .fake_driver import Cuda, Hip
 from .test_plan_file import MANIFEST, PLAN
 
 LAYERS, NUM_PAGES, LAYER_BYTES = 3, 8, 512
@@ -57,9 +56,11 @@ class Pages:
         self.seconds += 1000
 
 
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeDriver:
-    return install_cuda(monkeypatch, tmp_path)
+def copies(api: Cuda, way: str, *counts: int) -> list[str]:
+    """What a driver is asked for to move pages that are neighbours, so many each time."""
+    if api.title == "CUDA":
+        return [f"cuMemcpy3DAsync_v2 {LAYER_BYTES} {count} {LAYERS}" for count in counts]
+    return [f"cuMemcpy{way}Async_v2 {count * LAYER_BYTES}" for count in counts for _ in range(LAYERS)]
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9))))
@@ -130,8 +131,10 @@ def test_a_mover_keeps_the_order_and_measures_what_it_moves(
     assert mover.rates.page_seconds == pytest.approx(1.0), "neither pinning memory nor steps that were under way"
 
 
-def test_pages_of_a_gpu_are_moved_together(driver: FakeDriver) -> None:
-    device = CudaDevice()
+@pytest.mark.parametrize("api", [Cuda(), Hip()], ids=lambda api: api.title)
+def test_pages_of_a_gpu_are_moved_together(api: Cuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    driver = api.install(monkeypatch, tmp_path)
+    device = api.open()
     plan = PLAN | {"pages": PLAN["pages"] | {"layers": LAYERS}}
     executor = PlanExecutor(device, plan, MANIFEST, dict.fromkeys(PLAN["weights"], 1 << 20), NUM_PAGES)
     assert executor.page_shape == (LAYERS, LAYER_BYTES)
@@ -145,10 +148,9 @@ def test_pages_of_a_gpu_are_moved_together(driver: FakeDriver) -> None:
     executor.read_pages([4, 5, 6, 1, 0], host, [0, 1, 2, 4, 5])
     assert (host[:, [0, 1, 2, 4, 5]] == contents[:, [4, 5, 6, 1, 0]]).all()
     assert not host[:, [3, 6, 7]].any()
-    stretch, one = (f"cuMemcpyDtoHAsync_v2 {count * LAYER_BYTES}" for count in (3, 1))
-    assert driver.log[before:] == [*[stretch] * LAYERS, *[one] * 2 * LAYERS, "cuStreamSynchronize"]
+    assert driver.log[before:] == [*copies(api, "DtoH", 3, 1, 1), "cuStreamSynchronize"]
     before = len(driver.log)
     executor.write_pages([2, 3], host, [4, 5])
-    assert driver.log[before:] == [*[f"cuMemcpyHtoDAsync_v2 {2 * LAYER_BYTES}"] * LAYERS, "cuStreamSynchronize"]
+    assert driver.log[before:] == [*copies(api, "HtoD", 2), "cuStreamSynchronize"]
     executor.read_pages(every, host, every)
     assert (host == contents[:, [0, 1, 1, 0, 4, 5, 6, 7]]).all()
