@@ -13,6 +13,7 @@ from pathlib import Path
 from mlcgen.errors import DeviceError, MlcgenError, RequestError
 from mlcgen.runtime.adapters import Adapters
 from mlcgen.runtime.beam_search import BeamSearch
+from mlcgen.runtime.check_numerics import not_finite_error
 from mlcgen.runtime.draft import ROOT, Draft
 from mlcgen.runtime.executor import Executor, SamplingExecutor
 from mlcgen.runtime.grammar import Grammar
@@ -377,7 +378,8 @@ class Engine:
         elif math.isfinite(sampled.maxima[row]):
             self._append_token(request, sampled.tokens[row], sampled.logprobs[row], now)
         else:
-            self._finish(request, "error", self._not_finite_error(started, request))
+            checked = self.executor if self.options.check_numerics else None
+            self._finish(request, "error", not_finite_error(request.num_tokens, checked, started.input))
         return self._is_alive(request)
 
     def _fork_siblings(self, request: Request) -> None:
@@ -440,14 +442,6 @@ class Engine:
             self._changed.append(output)
         for sibling in request.siblings:  # they would wait for its prompt for ever
             self._finish(sibling, reason, error)
-
-    def _not_finite_error(self, started: Iteration, request: Request) -> RequestError:
-        if self.options.check_numerics:
-            where = self.executor.first_not_finite(started.input)
-            more = f"; the first such numbers come from {where}" if where else ", but not when the step ran again"
-        else:
-            more = "; check_numerics names the kernel, and `mlcgen verify` checks the artifact"
-        return RequestError(f"the model gave NaN or infinite logits after {request.num_tokens} tokens{more}")
 
 
 _NO_DRAFT = Draft()
