@@ -110,7 +110,7 @@ class PlanExecutor:
         self._weights = weights
         self._max_logit_rows = min(int(plan["max_logit_rows"]), device.largest_binding // (self.vocab_size * 4))
         self._logits = PinnedRows(device, self.vocab_size)
-        self._decode_steps: dict[tuple[int, ...], Step] = {}
+        self._decode_steps: dict[tuple[str, int, int, int], Step] = {}
         self._room = self._largest_step(manifest)
         inputs = max(self._input_layout(each, self._room, self._room)[2] for each in plans)
         self._inputs = [_Inputs(device, inputs) for _ in range(self.TURNS)]  # of steps of any size
