@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mlcgen.runtime.executor import StepInput
+from mlcgen.runtime.executor import AdaptedStepInput, StepInput
 from mlcgen.runtime.load import load_executor
 from mlcgen.runtime.plan_executor import PlanExecutor
 
@@ -43,6 +43,24 @@ def step_input(position: Any, slots: Any, table: Any, lengths: Any, start: Any) 
     ids = np.random.default_rng(0).integers(5, 1000, len(position))
     arrays = (ids, position, slots, table, lengths, start, start[1:] - 1)
     return StepInput(*(array.astype(np.int32) for array in arrays))
+
+
+def load_adapters(executor: PlanExecutor, count: int) -> None:
+    layout, random = executor.adapters, np.random.default_rng(0)
+    for slot in range(count):
+        assert layout is not None, "compile the artifact with --lora-rank"
+        assert slot < layout.limits.slots, "compile the artifact with more --adapters"
+        shapes = [shape[1:] for shape in layout.buffers.values()]
+        arrays = [(random.standard_normal(shape) * 0.01).astype(layout.limits.dtype) for shape in shapes]
+        executor.write_adapter(slot, list(zip(arrays[::2], arrays[1::2], strict=True)))
+
+
+def adapted(step: StepInput, count: int) -> StepInput:
+    """The step, its sequences having so many adapters in turns."""
+    if not count:
+        return step
+    slots = np.arange(len(step.seq_lens), dtype=np.int32) % count
+    return AdaptedStepInput(**vars(step), adapter_slots=np.repeat(slots, np.diff(step.query_start)))
 
 
 def profile(executor: PlanExecutor, name: str, batch: StepInput, top: int) -> None:
@@ -96,15 +114,18 @@ def main() -> None:
     parser.add_argument("--target", default="cuda")
     parser.add_argument("--decode", nargs="*", default=[], metavar="BATCH:CONTEXT")
     parser.add_argument("--prefill", nargs="*", type=int, default=[], metavar="TOKENS")
+    parser.add_argument("--adapters", type=int, default=0, help="that sequences take turns with, of random values")
     parser.add_argument("--top", type=int, default=12, help="kernels to show")
     args = parser.parse_args()
     executor = load_executor(args.artifact, args.target).executor
     assert isinstance(executor, PlanExecutor), "this profiles targets that run launch plans"
+    load_adapters(executor, args.adapters)
     for case in args.decode:
         batch, context = map(int, case.split(":"))
-        profile(executor, f"decode {batch} x {context}", decode_input(executor, batch, context), args.top)
+        step = adapted(decode_input(executor, batch, context), args.adapters)
+        profile(executor, f"decode {batch} x {context}", step, args.top)
     for tokens in args.prefill:
-        profile(executor, f"prefill {tokens}", prefill_input(executor, tokens), args.top)
+        profile(executor, f"prefill {tokens}", adapted(prefill_input(executor, tokens), args.adapters), args.top)
 
 
 if __name__ == "__main__":

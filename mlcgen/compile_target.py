@@ -107,6 +107,8 @@ def compile_targets(
             assert layout is None or layout == made, "targets must take the same adapters"
             layout = made
             lines["adapter_kernels"] = more["kernels"]
+            if "functions" in lines:
+                lines["functions"] |= more["functions"]
             lines["fallbacks"] += [line for line in more["fallbacks"] if line not in lines["fallbacks"]]
             entry["adapted"] = _file(target, staging, has_adapters=True)
         its_fallbacks = [*target.fallbacks, *fallbacks, *_activation_fallback(target, plan), *lines["fallbacks"]]

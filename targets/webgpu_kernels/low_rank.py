@@ -124,7 +124,12 @@ class _LowRank:
         out = [Buffer("out", "f32", self._arg("out"))] if spec.gates_result else []
         shares, y = Buffer("shares", "f32", scratch()), Buffer("y", "f32", self._arg("y"))
         buffers = [shares, self._slots, self._quads("b", "lora_b"), y, *out]
-        values = {"K": spec.in_features, "EPS": spec.norm_eps, "SPLITS": self._splits, "PITCH": self._pitch}
+        values: dict[str, Any] = {
+            "K": spec.in_features,
+            "EPS": spec.norm_eps,
+            "SPLITS": self._splits,
+            "PITCH": self._pitch,
+        }
         values |= {"TILES": sum(map(num_tiles, spec.out_features)), "N": sum(spec.out_features), "PARTS": parts}
         values |= {"RANK": rank, "RANKS": min(-(-rank // 4) * 4, RANKS), "GATED": spec.gates_result}
         values |= {"TOKENS": tokens, "IS_HALF": spec.limits.dtype == "float16"}

@@ -15,7 +15,17 @@ from mlcgen.runtime.executor import Executor, StepInput
 from mlcgen.runtime.load import load_executor
 from mlcgen.runtime.sampler import SamplingParams
 
-from .small_model import CONFIG, PAGE_SIZE, PAGES, VOCAB, LogitsOnly, OneAtATime, generate
+from .small_model import (
+    CONFIG,
+    PAGE_SIZE,
+    PAGES,
+    VOCAB,
+    LogitsOnly,
+    OneAtATime,
+    adapted,
+    generate,
+    random_matrices,
+)
 from .trees import check_model
 
 pytestmark = pytest.mark.skipif(webgpu.missing() is not None, reason=str(webgpu.missing()))
@@ -108,6 +118,44 @@ def test_tokens_are_those_that_the_host_samples(compiled: Compile) -> None:
     params[1] = SamplingParams(temperature=0.9, seed=3, max_tokens=5)
     params[3] = SamplingParams(temperature=0, max_tokens=12, presence_penalty=0.5, ignore_eos=True)
     assert generate(executor, prompts, params, max_batch=4) == generate(LogitsOnly(executor), prompts, params, 4)
+
+
+@pytest.fixture(scope="module")
+def with_adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("adapters")
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    options = {"kv_dtype": "f32", "page_size": PAGE_SIZE, "max_batch": 4, "lora_rank": 6, "adapters": 3}
+    return mlcgen.compile(path, ["cpu", "vulkan"], "q8", path / "out", random_weights=True, **options)
+
+
+def test_adapters_mixed_in_a_batch(with_adapters: Path) -> None:
+    """Prompts, decodes that are recorded, with other adapters, and with none between."""
+    seed = int(np.random.default_rng().integers(1 << 30))
+    executors = [load_executor(with_adapters, target, num_pages=PAGES).executor for target in ("cpu", "vulkan")]
+    slots = ([2, -1], [2, -1], [0, 1], None, [1])
+    found = []
+    for executor in executors:
+        for slot in range(3):
+            executor.write_adapter(slot, random_matrices(executor.adapters, slot))  # type: ignore[attr-defined]
+        given = [step if its is None else adapted(step, its) for step, its in zip(steps(seed), slots, strict=True)]
+        found.append(np.concatenate([executor.step(step).copy() for step in given]))
+    cpu, gpu = found
+    assert np.abs(gpu - cpu).max() < 2e-3 * np.abs(cpu).max(), f"seed {seed}"
+    plain = logits(executors[1], seed)
+    assert np.abs(plain - gpu).max() > 0.05 * np.abs(gpu).max()
+
+
+def test_tokens_with_adapters_a_step_ahead(with_adapters: Path) -> None:
+    rng = np.random.default_rng()
+    prompts = [rng.integers(3, VOCAB, length).tolist() for length in (3, 17, 9, 2)]
+    params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (4, 9, 2, 12)]
+    executor = load_executor(with_adapters, "vulkan", num_pages=PAGES).executor
+    tokens = [
+        generate(each, prompts, params, max_batch=4, slots=[0, -1, 1, 0])
+        for each in (executor, OneAtATime(executor))  # type: ignore[arg-type]
+    ]
+    assert tokens[0] == tokens[1]
+    assert generate(executor, prompts, params, max_batch=4) != tokens[0]
 
 
 def test_a_tensor_that_no_kernel_can_be_given(compiled: Compile, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ def check(spec: LowRank, batches: Sequence[list[int]], is_decode: int = 0) -> li
     buffers, matrices = stored(spec, rng)
     for slots in batches:
         n, width = len(slots), sum(spec.out_features)
-        x = rng.standard_normal((n, spec.in_features)).astype(np.float32)
+        x = rng.standard_normal((n, spec.in_features)).astype(np.float32) * np.float32(spec.in_features**-0.5)
         weight = rng.uniform(0.5, 2, spec.in_features).astype(np.float32)
         before = rng.standard_normal((n, width)).astype(np.float32)
         inner = x if spec.norm_eps is None else rms_norm(x, weight, EPS)

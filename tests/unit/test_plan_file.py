@@ -405,7 +405,7 @@ def test_the_two_plans_of_an_artifact_with_adapters(tmp_path: Path) -> None:
 
 
 def test_no_room_for_adapters(tmp_path: Path) -> None:
-    adapted = changed("adapters.lora_a_0.shape.0", 1 << 20, ADAPTED)
+    adapted = changed("adapters.lora_a_0.shape.0", 1 << 21, ADAPTED)
     weights = dict.fromkeys(PLAN["weights"], 1 << 20)
     with pytest.raises(DeviceError, match="no room for adapters; or compile with fewer --adapters"):
         PlanExecutor(Device(), PLAN, MANIFEST, weights, 2, None, adapted)  # type: ignore[arg-type]
