@@ -23,7 +23,7 @@ from mlcgen.passes.quantize import WeightSource
 from mlcgen.passes.rewrite import FORWARD
 from mlcgen.runtime.cpu import host_arch
 from mlcgen.runtime.vm_executor import installed_runtime_library
-from mlcgen.targets import resolve
+from mlcgen.targets import cpu_codegen, resolve
 from mlcgen.targets.base import Target
 
 MAX_LOGIT_ROWS = 512  # of one step: what scoring a text asks for at once, a batch has fewer
@@ -176,7 +176,7 @@ def build_functions(mod: IRModule, observe: Callable[[str, IRModule], None]) -> 
 
 
 def _generate(mod: IRModule, target: Target, observe: Callable[[str, IRModule], None]) -> Any:
-    executable = tvm.compile(mod, target=tvm.target.Target(target.tvm), relax_pipeline=None, tir_pipeline="default")
+    executable = cpu_codegen.build(mod, tvm.target.Target(target.tvm))
     observe("generate code", mod)
     return executable
 

@@ -2,10 +2,11 @@
 of its input, its bias, the residual addition. Weights are decoded in registers or cache: no dequantized matrix is ever
 written to memory."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from tvm import IRModule, relax
+from tvm import IRModule, relax, tirx
 
 from mlcgen.formats import WeightFormat
 from mlcgen.passes.fuse_gate_up import gate_up_of
@@ -43,10 +44,13 @@ def fuse_linear(mod: IRModule, formats: Mapping[str, WeightFormat], target: Targ
         name = rewriter.kernel_attr(call, FORMAT)
         return name and _Stored(formats[str(name)], list(call.args[1].fields), static_shape(weight))
 
+    @functools.cache
+    def kernel_of(spec: Linear) -> tirx.PrimFunc:
+        return target.kernels.linear(spec).with_attr(LINEAR, spec.fmt.name)
+
     def emit(rewriter: Rewriter, product: _Product, residual: list[relax.Expr], ty: relax.Type) -> relax.Var:
-        kernel = target.kernels.linear(product.spec).with_attr(LINEAR, product.spec.fmt.name)
         args = [*product.inputs, *product.parts, *product.bias, *residual]
-        return rewriter.emit(rewriter.call_kernel(kernel, args, ty))
+        return rewriter.emit(rewriter.call_kernel(kernel_of(product.spec), args, ty))
 
     def matmul(rewriter: Rewriter, value: relax.Call) -> relax.Var | None:
         transposed = rewriter.value(value.args[1])

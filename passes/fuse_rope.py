@@ -5,7 +5,7 @@ Where q, k and v come from products that cannot be stacked (their formats differ
 rope_append alone has them put side by side. A rope that stands elsewhere is written out in plain operators.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tvm import IRModule, relax
@@ -58,14 +58,29 @@ def fuse_rope(mod: IRModule, layout: KvLayout, target: Target) -> IRModule:
 
 def _find(values: Mapping[relax.Var, relax.Expr], joins: bool) -> list[_RopeAppend]:
     appends = [(var, value) for var, value in values.items() if is_op(value, "relax.call_tir_inplace")]
-    return [match for var, value in appends if (match := _match(values, var, value, joins)) is not None]
+    queries = _queries(values)
+    found = [_match(values, queries.get(var, []), var, value, joins) for var, value in appends]
+    return [match for match in found if match is not None]
+
+
+def _queries(values: Mapping[relax.Var, relax.Expr]) -> dict[relax.Var, list[relax.Var]]:
+    """Pages -> what attends to them: the first two arguments of a kernel."""
+    found: dict[relax.Var, list[relax.Var]] = {}
+    for call in (value.args[1].fields for value in values.values() if is_op(value, "relax.call_tir")):
+        if len(call) > 1:
+            found.setdefault(call[1], []).append(call[0])
+    return found
 
 
 def _match(
-    values: Mapping[relax.Var, relax.Expr], appended: relax.Var, append: relax.Call, joins: bool
+    values: Mapping[relax.Var, relax.Expr],
+    queries: Sequence[relax.Var],
+    appended: relax.Var,
+    append: relax.Call,
+    joins: bool,
 ) -> _RopeAppend | None:
     k, v = append.args[1].fields[:2]
-    q = next((q for q in values if _is_query_of(values, q, k, appended)), None)
+    q = next((q for q in queries if _turn_alike(values, q, k)), None)
     if q is None:
         return None
     heads = (values[q].args[1], values[k].args[1], v)
@@ -76,13 +91,11 @@ def _match(
     return _RopeAppend(q, appended, tuple(rows), *values[q].args[2:4]) if joins and len(rows) == 3 else None
 
 
-def _is_query_of(values: Mapping[relax.Var, relax.Expr], q: relax.Var, k: relax.Var, appended: relax.Var) -> bool:
-    """q and k are both ropes, with the same angles, and q attends to the pages that k was appended to."""
-    if not is_marked(values[q], ROPE) or not is_marked(values.get(k), ROPE) or q.same_as(k):
+def _turn_alike(values: Mapping[relax.Var, relax.Expr], q: relax.Var, k: relax.Var) -> bool:
+    """q and k are both ropes, with the same angles."""
+    if not is_marked(values.get(q), ROPE) or not is_marked(values.get(k), ROPE) or q.same_as(k):
         return False
-    same_angles = all(a.same_as(b) for a, b in zip(values[q].args[2:4], values[k].args[2:4], strict=True))
-    calls = [value.args[1].fields for value in values.values() if is_op(value, "relax.call_tir")]
-    return same_angles and any(len(c) > 1 and c[0].same_as(q) and c[1].same_as(appended) for c in calls)
+    return all(a.same_as(b) for a, b in zip(values[q].args[2:4], values[k].args[2:4], strict=True))
 
 
 def _rows(values: Mapping[relax.Var, relax.Expr], var: relax.Var) -> relax.Var | None:

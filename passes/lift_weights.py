@@ -72,9 +72,9 @@ def _without_weight_side(mod: IRModule, names: Mapping[relax.Var, str], num_inpu
     params = {var: relax.Var(name, var.ty) for var, name in names.items()}
     mod = rewrite(mod, lambda rewriter, var, value: params.get(var), new_weights=list(params.values()))
     # What computed the weights is dead now, and so are the parameters that it read.
-    func = mod[FORWARD]
+    func, left = mod[FORWARD], bindings(mod)
     rewriter = Rewriter(mod, lambda rewriter, var, value: None)
-    rewriter.rename({var: params[var] for var in params if var not in bindings(mod)})
+    rewriter.rename({var: param for var, param in params.items() if var not in left})
     func = rewriter.visit_expr(func)
     used = [*func.params[:num_input], *params.values()]
     rewriter.builder_.update_func(mod.get_global_var(FORWARD), with_params(func, used, num_input))

@@ -48,16 +48,15 @@ def paged_attention(mod: IRModule, layout: KvLayout, target: Target) -> IRModule
     pages_ty = pages_type(layout)
     pages = [relax.Var(f"pages_{layer}", pages_ty) for layer in range(layers)]
     positions = mod[FORWARD].params[1]
+    append = append_kernel(layout)
 
     def rule(rewriter: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
         if not is_marked(value, ATTENTION):
             return None
         q, k, v = value.args[1:4]
         layer, window = int(value.args[4].value), int(value.args[6].value)
-        append = rewriter.add_kernel(append_kernel(layout))
-        appended = rewriter.emit(
-            relax.call_tir_inplace(append, [k, v, slot_mapping, pages[layer]], 3, pages_ty), "appended"
-        )
+        args = [k, v, slot_mapping, pages[layer]]
+        appended = rewriter.emit(relax.call_tir_inplace(rewriter.add_kernel(append), args, 3, pages_ty), "appended")
         _, heads, head_dim = q.ty.shape
         sizes = (int(heads), layout.num_kv_heads, layout.head_dim, layout.page_size)
         kernel = target.kernels.paged_attention(Attention(*sizes, layout.dtype, int(head_dim) ** -0.5, window))

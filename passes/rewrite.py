@@ -18,6 +18,7 @@ class Rewriter(PyExprMutator):  # type: ignore[misc]
     def __init__(self, mod: IRModule, rule: Rule) -> None:
         super().__init__(mod)
         self.rule = rule
+        self._added: dict[tirx.PrimFunc, ir.GlobalVar] = {}
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         value = self.visit_expr(binding.value)
@@ -42,8 +43,10 @@ class Rewriter(PyExprMutator):  # type: ignore[misc]
         return relax.call_tir(self.add_kernel(kernel), list(args), out)
 
     def add_kernel(self, kernel: tirx.PrimFunc) -> ir.GlobalVar:
-        name = str(kernel.attrs["global_symbol"])
-        return self.builder_.add_func(kernel.without_attr("global_symbol"), name)
+        if kernel not in self._added:  # the builder finds equal ones by hashing all of their code, which takes long
+            name = str(kernel.attrs["global_symbol"])
+            self._added[kernel] = self.builder_.add_func(kernel.without_attr("global_symbol"), name)
+        return self._added[kernel]
 
     def rename(self, names: Mapping[relax.Var, relax.Var]) -> None:
         """Read the new variable wherever the old one stands."""

@@ -11,6 +11,7 @@ from tvm.runtime import tensor
 
 from mlcgen.formats import WeightFormat
 from mlcgen.runtime.cpu import may_use_amx
+from mlcgen.targets import cpu_codegen
 from mlcgen.targets.cpu_kernels import Isa
 
 AARCH64 = tvm.target.Target({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]})
@@ -71,7 +72,7 @@ def build(mcpu: str, make: MakeKernel) -> Callable[..., None]:
 
 def compile_for(target: tvm.target.Target, make: MakeKernel) -> tvm.runtime.Executable:
     func = make(Isa.from_target(target)).with_attr("global_symbol", "main")
-    return tvm.compile(tvm.IRModule({"main": func}), target=target)
+    return cpu_codegen.build(tvm.IRModule({"main": func}), target)
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
