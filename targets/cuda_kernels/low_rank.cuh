@@ -23,13 +23,10 @@ DEVICE u32 members(const i32* slots, int token, int n) {
   return found & ((1u << token % GROUP) - 1) ? 0 : found;
 }
 
-// COUNT of the group's members, the last one again where there are fewer.
-template <int COUNT> DEVICE void list_members(int (&tokens)[COUNT], u32 members, int token) {
-#pragma unroll
-  for (int c = 0; c < COUNT; c++) {
-    tokens[c] = token / GROUP * GROUP + __ffs(members) - 1;
-    if (members & (members - 1)) members &= members - 1;
-  }
+// The group's member number `index`; the last one where there are fewer.
+DEVICE int nth_member(u32 members, int token, int index) {
+  for (; index > 0 && (members & (members - 1)); index--) members &= members - 1;
+  return token / GROUP * GROUP + __ffs(members) - 1;
 }
 
 // Values at..at + 3 of a row of LENGTH as floats; zeros behind its end.
@@ -111,12 +108,12 @@ template <class S, int COUNT> DEVICE void shrink(const ShrinkArgs& args, int tok
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, half = lane % 2;
   int tile = blockIdx.x % S::TILES, split = blockIdx.x / S::TILES;
   int tokens[COUNT];
-  list_members(tokens, members, token);
+#pragma unroll
+  for (int c = 0; c < COUNT; c++) tokens[c] = nth_member(members, token, c);
   const f16* a = args.a + (i64(args.slots[token]) * S::TILES + tile) * S::K * TILE;
   int column = split * S::SHARE + threadIdx.x / 2 * 4, end = min((split + 1) * S::SHARE, S::K);
   Columns next = load_columns<S>(a, column, half);
   wait_for_previous();
-  let_next_start();
 
   float sum[COUNT * 8] = {}, square[COUNT] = {};
   for (; column < end; column += S::STEP) {
@@ -174,6 +171,7 @@ template <class S, int COUNT> DEVICE void shrink(const ShrinkArgs& args, int tok
 
 // Grid: (TILES * SPLITS, ceil(n / TOKENS)): a block takes TOKENS tokens, one or a group, each with its members.
 template <class S, int TOKENS> DEVICE void shrink_tokens(const ShrinkArgs& args) {
+  let_next_start();  // which has B to ask for
   int end = min((int(blockIdx.y) + 1) * TOKENS, args.n);
   for (int token = blockIdx.y * TOKENS; token < end; token++) {
     u32 found = args.slots[token] < 0 ? 0 : members(args.slots, token, args.n);
@@ -225,23 +223,24 @@ struct ExpandArgs {
   float eps;
 };
 
-// What COUNT tokens' shares add up to: h[half][row * COUNT + c], and with NORM 1 / rms(x).
+// What the shares of COUNT members add up to: h[half][row * COUNT + c], and with NORM the sums of x^2. Each thread takes
+// some rows of some tokens.
 template <class S, int COUNT>
-DEVICE void add_shares(float (&h)[S::HALVES][S::RANK * COUNT], float (&factors)[COUNT], const ExpandArgs& args,
-                       const int (&tokens)[COUNT], int part) {
+DEVICE void add_shares(float (&h)[S::HALVES][S::RANK * COUNT], float (&squares)[COUNT], const ExpandArgs& args,
+                       int token, u32 members, int part) {
+  constexpr int OF_H = S::HALVES * S::RANK, ROWS = OF_H + S::NORM;
+#pragma unroll 2
+  for (int i = threadIdx.x; i < COUNT * ROWS; i += S::THREADS) {
+    int c = i / ROWS, row = i % ROWS;
+    const float* shares = args.shares + i64(nth_member(members, token, c)) * S::SPLITS * S::PITCH;
+    shares += row < OF_H ? part * S::RANK + row : S::PITCH - 4;
+    float total = 0;
 #pragma unroll
-  for (int c = 0; c < COUNT; c++) {
-    const float* shares = args.shares + i64(tokens[c]) * S::SPLITS * S::PITCH;
-    for (int i = threadIdx.x; i < S::HALVES * S::RANK; i += S::THREADS) {
-      float total = 0;
-#pragma unroll 8
-      for (int s = 0; s < S::SPLITS; s++) total += shares[s * S::PITCH + part * S::RANK + i];
-      h[i / S::RANK][i % S::RANK * COUNT + c] = total;
-    }
-    if (S::NORM && threadIdx.x == c) {
-      float square = 0;
-      for (int s = 0; s < S::SPLITS; s++) square += shares[s * S::PITCH + S::PITCH - 4];
-      factors[c] = rsqrtf(square / S::K + args.eps);
+    for (int s = 0; s < S::SPLITS; s++) total += shares[s * S::PITCH];
+    if (row < OF_H) {
+      h[row / S::RANK][row % S::RANK * COUNT + c] = total;
+    } else {
+      squares[c] = total;
     }
   }
 }
@@ -285,9 +284,9 @@ DEVICE void store(const ExpandArgs& args, int token, int column, int left, const
 }
 
 template <class S, int COUNT> DEVICE void expand(const ExpandArgs& args, int token, u32 members) {
-  constexpr int AHEAD = COUNT == 1 ? 16 : 4;  // columns of B asked for at once
+  constexpr int AHEAD = 16;  // columns of B asked for at once
   __shared__ __align__(16) float h[S::HALVES][S::RANK * COUNT];
-  __shared__ float factors[COUNT];
+  __shared__ float squares[COUNT];
   typename S::Place at = S::place(blockIdx.x);
   int tiles = (at.features + TILE - 1) / TILE, feature = at.block * S::FEATURES + threadIdx.x * 4;
   int slot = args.slots[token];
@@ -307,13 +306,10 @@ template <class S, int COUNT> DEVICE void expand(const ExpandArgs& args, int tok
   };
   load(0);
   wait_for_previous();
-  let_next_start();
 
-  int tokens[COUNT];
-  list_members(tokens, members, token);
   float sums[COUNT][S::HALVES][4] = {};
   if (slot >= 0) {
-    add_shares<S, COUNT>(h, factors, args, tokens, at.part);
+    add_shares<S, COUNT>(h, squares, args, token, members, at.part);
     __syncthreads();
     for (int first = 0; first < S::RANK; first += AHEAD) {
 #pragma unroll
@@ -337,17 +333,19 @@ template <class S, int COUNT> DEVICE void expand(const ExpandArgs& args, int tok
   for (int c = 0; c < COUNT; c++) {
     if (c >= __popc(members) || feature >= at.features) continue;
     if (S::NORM && slot >= 0) {
+      float factor = rsqrtf(squares[c] / S::K + args.eps);  // 1 / rms(x)
       for (int half = 0; half < S::HALVES; half++) {
-        for (int j = 0; j < 4; j++) sums[c][half][j] *= factors[c];
+        for (int j = 0; j < 4; j++) sums[c][half][j] *= factor;
       }
     }
-    store<S>(args, tokens[c], at.column + feature, at.features - feature, sums[c]);
+    store<S>(args, nth_member(members, token, c), at.column + feature, at.features - feature, sums[c]);
   }
   __syncthreads();  // h is that of the next adapter then
 }
 
 // Grid: (blocks of FEATURES of each part, with GATED of the first, ceil(n / TOKENS)).
 template <class S, int TOKENS> DEVICE void expand_tokens(const ExpandArgs& args) {
+  let_next_start();
   int end = min((int(blockIdx.y) + 1) * TOKENS, args.n);
   for (int token = blockIdx.y * TOKENS; token < end; token++) {
     u32 found = !S::GATED && args.slots[token] < 0 ? 0 : members(args.slots, token, args.n);

@@ -14,7 +14,7 @@ import pytest
 
 import mlcgen
 from mlcgen import artifact
-from mlcgen.runtime.plan import ITEM_BYTES, VERSION, check_fit, function_names, read_plan
+from mlcgen.runtime.plan import ITEM_BYTES, VERSION, check_adapted, check_fit, function_names, read_plan
 from mlcgen.runtime.sizes import evaluate
 from mlcgen.targets import cuda_codegen
 from mlcgen.targets.cuda_codegen import DEFINITION
@@ -39,6 +39,10 @@ MAX_BATCH = 8
 STEP_SYMBOLS = {"seqs": MAX_BATCH, "blocks": 16, "num_pages": 99, "is_decode": 0, "has_trees": 0, "longest": 256}
 # Steps of a layer and its kernels' families, without what tells kernels apart.
 LAYER = ["linear_norm", "rope_attention", "linear_residual", "linear_norm_swiglu", "linear_residual"]
+ADAPTED_LAYER = [
+    *("linear_norm", "low_rank_norm", "rope_attention", "linear_residual", "low_rank"),
+    *("linear_norm", "low_rank_norm_swiglu", "linear_residual", "low_rank"),
+]
 
 
 def compiled(folder: Path, arch: str, quantization: str, **options: Any) -> Path:
@@ -207,6 +211,27 @@ options = dict(max_batch={MAX_BATCH}, kv_dtype="float16", random_weights=True)
 mlcgen.compile({str(tmp_path / "model")!r}, ["cuda:sm_90"], "q4", {str(tmp_path / "other")!r}, **options)"""
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     assert plan_file(tmp_path / "other").read_bytes() == first
+
+
+def test_a_second_plan_for_adapters(tmp_path: Path) -> None:
+    """Beside the one that an artifact without them has, byte by byte; SwiGLU comes after the path of gate and up."""
+    plain = plan_file(compiled(tmp_path, "sm_90", "q4")).read_bytes()
+    path = compiled(tmp_path, "sm_90", "q4", lora_rank=5, adapters=3)
+    assert plan_file(path).read_bytes() == plain
+    manifest = artifact.read_manifest(path)
+    entry = manifest["targets"][0]["adapted"]
+    assert entry["file"] == "lib/cuda-sm_90.adapters.plan"
+    adapted = read_plan(artifact.check_hash(path, entry))
+    check_adapted(adapted, read_plan(plan_file(path)), manifest)
+    names = [name.rstrip("0123456789") for name, _, _ in adapted["steps"]]
+    names = [name.replace("_q4", "") for name in names]
+    first = names.index("linear_norm")
+    assert names[first : first + 3 * len(ADAPTED_LAYER)] == 3 * ADAPTED_LAYER
+    read = [adapted["tensors"][i] for _, tensors, _ in adapted["steps"] for i in tensors]
+    assert {tensor["name"] for tensor in read if tensor["kind"] == "adapters"} == set(adapted["adapters"])
+    report = artifact.read_report(path)["cuda:sm_90"]
+    assert any(line["name"].startswith("low_rank") for line in report["adapter_kernels"])
+    assert not any(line["name"].startswith("low_rank") for line in report["kernels"])
 
 
 def test_a_large_batch_has_a_row_of_logits_for_each(tmp_path: Path) -> None:
