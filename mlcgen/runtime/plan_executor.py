@@ -228,22 +228,25 @@ class PlanExecutor:
             self.device.launch_graph(step.graph)
         else:
             self.run(step)
-            step.has_run = True
+            self._record(step)
         return step
 
     def prepared(self, batch: StepInput, **more: Int32 | None) -> Step:
-        """The step of the batch's size, with the batch in its inputs; recorded where it is to come again."""
+        """The step of the batch's size, with the batch in its inputs."""
         self._turn = (self._turn + 1) % self.TURNS
         is_decode = len(batch.input_ids) == len(batch.seq_lens) == len(batch.logit_rows)
         step = self._decode_step(batch) if is_decode else self._other_step(batch)
         self._fill(step, {**vars(batch), **more})
-        if step.is_kept and step.graph is None and (is_decode or step.has_run):
-            if not step.has_run:
-                self.run(step)  # before recording: what a first launch sets up is not part of a graph
+        return step
+
+    def _record(self, step: Step) -> None:
+        """A graph of a step that is under way, for when its size comes again: at once of those in which all decode, of
+        others the second time. What a first launch sets up is no part of it."""
+        if step.is_kept and (step.symbols["is_decode"] or step.has_run):
             with self.device.capture() as graph:
                 self.run(step)
             step.graph = graph
-        return step
+        step.has_run = True
 
     def _decode_step(self, batch: StepInput) -> Step:
         """Of a number of sequences and a width of their block tables that are powers of two."""

@@ -396,7 +396,7 @@ def test_a_step_of_few_tokens_is_recorded_when_its_size_comes_again() -> None:
         arrays = [np.ones(size, np.int32) for size in (tokens, tokens, tokens, (1, 2), 1, 2, 1)]
         executor.step(StepInput(*arrays))
         launched.append(len(device.launched) - before)
-    assert launched == [3, 3, 3, 0, 0, 3]  # the kernels, and then of a recording
+    assert launched == [3, 3, 6, 0, 0, 6]  # the second time twice, once to be recorded
     step = executor.prepared(StepInput(*(np.ones(size, np.int32) for size in (3, 3, 3, (1, 2), 1, 2, 1))))
     assert step.host["slot_mapping"].tolist() == [1, 1, 1, -1]
 
@@ -405,7 +405,7 @@ def test_steps_are_kept_until_there_are_many(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(plan_executor, "MOST_KEPT", 1)
     device = Device()
     executor = executor_of(PLAN, device)
-    for tokens, count in ((3, 3), (3, 3), (3, 0), (5, 3), (5, 3), (5, 3), (3, 0)):
+    for tokens, count in ((3, 3), (3, 6), (3, 0), (5, 3), (5, 3), (5, 3), (3, 0)):
         before = len(device.launched)
         arrays = [np.zeros(size, np.int32) for size in (tokens, tokens, tokens, (1, 2), 1, 2, 1)]
         executor.step(StepInput(*arrays))
