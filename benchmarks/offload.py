@@ -91,7 +91,8 @@ def _memory(engine: Engine) -> int:
 def link(path: Path, target: str, from_file: bool) -> Callable[[], float]:
     manifest = artifact.read_manifest(path)
     kind = "cpu" if from_file else choose_target(manifest["targets"], target)["kind"]
-    return open_link_probe(kind, str(path / manifest["weights"][0]["file"]))
+    files = [str(path / weights["file"]) for weights in manifest["weights"]]  # none of random weights
+    return open_link_probe(kind, *files)
 
 
 HEADER = (

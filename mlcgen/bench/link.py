@@ -16,8 +16,13 @@ POPULATE = 22  # Linux's advice to read pages and enter them in the page table
 COPY, COPIES = 256 << 20, 16  # bytes of one to the GPU, and how many in a row
 
 
-def open_link_probe(kind: str, file: str) -> Callable[[], float]:
-    """What measures the link of a kind of target, in bytes per second. file: of the weights."""
+def open_link_probe(kind: str, file: str = "") -> Callable[[], float]:
+    """What measures the link of a kind of target, in bytes per second. file: of the weights; random ones have none.
+
+    Raises BenchError where there is no link: a CPU reads the file.
+    """
+    if kind == "cpu" and not file:
+        raise BenchError("random weights have no file to stream from; leave --weight-memory out")
     return (lambda: file_rate(Path(file))) if kind == "cpu" else (lambda: copy_rate(kind))
 
 

@@ -225,12 +225,14 @@ def test_streamed_weights(
 def test_the_rate_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(bytes(1 << 20))
     assert 0 < open_link_probe("cpu", str(tmp_path / "weights"))() < math.inf
+    with pytest.raises(BenchError, match="random weights have no file"):
+        open_link_probe("cpu")
 
 
 def test_the_rate_of_copies_to_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     driver = install_cuda(monkeypatch, tmp_path)
     monkeypatch.setattr(link, "COPY", 4096)
-    assert 0 < open_link_probe("cuda", "")() < math.inf
+    assert 0 < open_link_probe("cuda")() < math.inf
     assert driver.logged("cuMemcpyHtoDAsync_v2") == ["cuMemcpyHtoDAsync_v2 4096"] * 3 * link.COPIES
     assert "cuMemHostAlloc 4096 0" in driver.log, "from memory that is pinned"
 
