@@ -59,6 +59,8 @@ def run(engine: Engine, batch: int, length: int, steps: int) -> Sample:
     outputs = [engine.add_request(str(i), prompt, greedy, stream=False) for i, prompt in enumerate(prompts)]
     while min(len(output.token_ids) for output in outputs) < WARM_UP:
         engine.step()
+        if failed := next((output.error for output in outputs if output.error), None):
+            raise failed  # deep models of random weights overflow 16 bits, say
     stream = getattr(engine.executor, "stream", None)
     loaded, count, begun = _loaded(stream), _count(outputs), time.perf_counter()
     for _ in range(steps):
