@@ -4,8 +4,9 @@ An artifact for adapters has two: steps in which no sequence has one run the pla
 weights, pages, inputs and memory for intermediate results, of which only one step's are alive at a time.
 
 A step in which every sequence decodes is recorded once per size, rounded up, as a graph of copies and kernels; from
-then on a step is one copy into pinned memory and one launch. Other steps start their kernels one by one, and so do all
-where layers are streamed: the link takes far longer than the host needs to start what it waits for.
+then on a step is one copy into pinned memory and one launch. So are other steps of few tokens, whose kernels the host
+would start more slowly than the device runs them, when a size comes again. Larger ones start their kernels one by one,
+and so do all where layers are streamed: the link takes far longer than the host needs to start what it waits for.
 """
 
 import base64
@@ -32,6 +33,8 @@ from mlcgen.runtime.sized_launch import SizedLaunch, changes, sized_launches, te
 from mlcgen.runtime.sizes import evaluate
 
 INPUT_ALIGNMENT = 256  # bytes
+FEW_TOKENS = (4, 8, 16, 32, 48, 64)  # to which steps of few tokens are rounded up; products have tiles of these sizes
+MOST_KEPT = 512  # steps; those in which all decode are fewer
 ADAPTED = "adapted:"  # what names of the second plan's kernels begin with
 
 
@@ -64,6 +67,8 @@ class Step:
     symbols: dict[str, int]
     turn: int
     function: _Function
+    is_kept: bool  # for later steps of the size
+    has_run: bool = False
     graph: Any = None
 
     def address(self, name: str) -> Address:
@@ -113,7 +118,7 @@ class PlanExecutor:
         self._weights = weights
         self._max_logit_rows = min(int(plan["max_logit_rows"]), device.largest_binding // (self.vocab_size * 4))
         self._logits = PinnedRows(device, self.vocab_size)
-        self._decode_steps: dict[tuple[str, int, int, int], Step] = {}
+        self._kept_steps: dict[tuple[Any, ...], Step] = {}
         self._room = self._largest_step(manifest)
         inputs = max(self._input_layout(each, self._room, self._room)[2] for each in plans)
         self._inputs = [_Inputs(device, inputs) for _ in range(self.TURNS)]  # of steps of any size
@@ -223,32 +228,39 @@ class PlanExecutor:
             self.device.launch_graph(step.graph)
         else:
             self.run(step)
+            self._record(step)
         return step
 
     def prepared(self, batch: StepInput, **more: Int32 | None) -> Step:
-        """The step of the batch's size, with the batch in its inputs; recorded where all decode and nothing streams."""
+        """The step of the batch's size, with the batch in its inputs."""
         self._turn = (self._turn + 1) % self.TURNS
         is_decode = len(batch.input_ids) == len(batch.seq_lens) == len(batch.logit_rows)
         step = self._decode_step(batch) if is_decode else self._other_step(batch)
         self._fill(step, {**vars(batch), **more})
-        if is_decode and step.graph is None and self.stream is None:
-            self.run(step)  # before recording: what a first launch sets up is not part of a graph
+        return step
+
+    def _record(self, step: Step) -> None:
+        """A graph of a step that is under way, for when its size comes again: at once of those in which all decode, of
+        others the second time. What a first launch sets up is no part of it."""
+        if step.is_kept and (step.symbols["is_decode"] or step.has_run):
             with self.device.capture() as graph:
                 self.run(step)
             step.graph = graph
-        return step
+        step.has_run = True
 
     def _decode_step(self, batch: StepInput) -> Step:
         """Of a number of sequences and a width of their block tables that are powers of two."""
         size = min(power_of_two(len(batch.seq_lens)), self.max_batch)
         blocks = power_of_two(batch.block_table.shape[1])
-        function = self._function(batch)
-        key = (function.prefix, self._turn, size, blocks)
-        if key not in self._decode_steps:
-            symbols = {"n": size, "rows": size, "seqs": size, "blocks": blocks}
-            symbols |= {"is_decode": 1, "has_trees": 0, "longest": blocks * self.page_size}
-            self._decode_steps[key] = self._new_step(function, symbols)
-        return self._decode_steps[key]
+        symbols = {"n": size, "rows": size, "seqs": size, "blocks": blocks}
+        symbols |= {"is_decode": 1, "has_trees": 0, "longest": blocks * self.page_size}
+        key = self._key(batch, symbols)
+        if key not in self._kept_steps:
+            self._kept_steps[key] = self._new_step(self._function(batch), symbols)
+        return self._kept_steps[key]
+
+    def _key(self, batch: StepInput, symbols: Mapping[str, int]) -> tuple[Any, ...]:
+        return self._function(batch).prefix, self._turn, *symbols.values()
 
     def _other_step(self, batch: StepInput) -> Step:
         n, seqs = len(batch.input_ids), len(batch.seq_lens)
@@ -257,7 +269,22 @@ class PlanExecutor:
         longest = power_of_two(int(batch.seq_lens.max(initial=1)))
         has_trees = int(batch.tree_masks is not None and batch.tree_masks.any())
         symbols |= {"is_decode": 0, "has_trees": has_trees, "longest": longest}
-        return self._new_step(self._function(batch), symbols, self._inputs[self._turn])
+        return self._small_step(batch, symbols) or self._new_step(
+            self._function(batch), symbols, self._inputs[self._turn]
+        )
+
+    def _small_step(self, batch: StepInput, symbols: dict[str, int]) -> Step | None:
+        """A step that is kept, rounded up to few sizes; None where there are too many tokens, or steps."""
+        n = next((size for size in FEW_TOKENS if size >= symbols["n"]), self.max_tokens_per_step + 1)
+        rows, blocks = power_of_two(symbols["rows"]), power_of_two(symbols["blocks"])
+        seqs = max(symbols["seqs"], min(power_of_two(symbols["seqs"]), self.max_batch))
+        if n > self.max_tokens_per_step or rows > self._max_logit_rows or self.stream is not None:
+            return None
+        rounded = symbols | {"n": n, "rows": rows, "seqs": seqs, "blocks": blocks}
+        key = self._key(batch, rounded)
+        if key not in self._kept_steps and len(self._kept_steps) < MOST_KEPT:
+            self._kept_steps[key] = self._new_step(self._function(batch), rounded)
+        return self._kept_steps.get(key)
 
     def _function(self, batch: StepInput) -> _Function:
         return self._functions[isinstance(batch, AdaptedStepInput)]
@@ -270,7 +297,8 @@ class PlanExecutor:
         inputs = inputs or _Inputs(self.device, num_bytes)
         words = inputs.staging.view(np.int32)
         host = {name: words[offsets[name] // 4 :][: prod(shape)].reshape(shape) for name, shape in shapes.items()}
-        return Step(inputs, num_bytes, host, offsets, symbols, self._turn, function)
+        is_kept = inputs not in self._inputs and self.stream is None
+        return Step(inputs, num_bytes, host, offsets, symbols, self._turn, function, is_kept)
 
     def _input_layout(
         self, plan: Mapping[str, Any], symbols: Mapping[str, int], room: Mapping[str, int]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mlcgen.adapter_layout import SLOTS
 from mlcgen.errors import ArtifactError, DeviceError, MlcgenError
+from mlcgen.runtime import plan_executor
 from mlcgen.runtime.executor import AdaptedStepInput, StepInput
 from mlcgen.runtime.plan import INPUTS, VERSION, check_adapted, check_fit, function_names, read_plan
 from mlcgen.runtime.plan_executor import ADAPTED as PREFIX
@@ -383,6 +384,32 @@ def test_any_damage_is_harmless_or_refused(tmp_path: Path, damaged: tuple[str, A
     assert found == plan
     with contextlib.suppress(MlcgenError):  # too little memory, a size that cannot be computed for this step
         run(found)
+
+
+def test_a_step_of_few_tokens_is_recorded_when_its_size_comes_again() -> None:
+    """Rounded up: 3 and 4 tokens are one size, 5 another."""
+    device = Device()
+    executor = executor_of(PLAN, device)
+    launched = []
+    for tokens in (3, 5, 4, 3, 4, 5):
+        before = len(device.launched)
+        arrays = [np.ones(size, np.int32) for size in (tokens, tokens, tokens, (1, 2), 1, 2, 1)]
+        executor.step(StepInput(*arrays))
+        launched.append(len(device.launched) - before)
+    assert launched == [3, 3, 6, 0, 0, 6]  # the second time twice, once to be recorded
+    step = executor.prepared(StepInput(*(np.ones(size, np.int32) for size in (3, 3, 3, (1, 2), 1, 2, 1))))
+    assert step.host["slot_mapping"].tolist() == [1, 1, 1, -1]
+
+
+def test_steps_are_kept_until_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_executor, "MOST_KEPT", 1)
+    device = Device()
+    executor = executor_of(PLAN, device)
+    for tokens, count in ((3, 3), (3, 6), (3, 0), (5, 3), (5, 3), (5, 3), (3, 0)):
+        before = len(device.launched)
+        arrays = [np.zeros(size, np.int32) for size in (tokens, tokens, tokens, (1, 2), 1, 2, 1)]
+        executor.step(StepInput(*arrays))
+        assert len(device.launched) - before == count
 
 
 def test_the_two_plans_of_an_artifact_with_adapters(tmp_path: Path) -> None:
