@@ -2,8 +2,8 @@
 // mlcgen/adapter_layout.py says.
 //
 // Two kernels: h = f(x) A^T, the columns of A in SPLITS shares, and y += h B^T, which adds the shares up. Of GROUP
-// neighbouring tokens the first of each adapter computes for all that have it, so these share what is read of A and B;
-// the others, and tokens without an adapter, have nothing to do. What is stored is asked for before the kernel before
+// neighbouring tokens the first of each adapter computes for all that have it, so these share what is read of A, and
+// where they are many of B; the others, and tokens without an adapter, have nothing to do. What is stored is asked for before the kernel before
 // has ended: only activations are of it.
 #pragma once
 #include "primitives.cuh"
@@ -343,14 +343,18 @@ template <class S, int COUNT> DEVICE void expand(const ExpandArgs& args, int tok
   __syncthreads();  // h is that of the next adapter then
 }
 
-// Grid: (blocks of FEATURES of each part, with GATED of the first, ceil(n / TOKENS)).
+// Grid: (blocks of FEATURES of each part, with GATED of the first, ceil(n / TOKENS)). Where each token has blocks of its
+// own, none computes for others: reading B again, from the second-level cache, takes less time than their products.
 template <class S, int TOKENS> DEVICE void expand_tokens(const ExpandArgs& args) {
   let_next_start();
   int end = min((int(blockIdx.y) + 1) * TOKENS, args.n);
   for (int token = blockIdx.y * TOKENS; token < end; token++) {
-    u32 found = !S::GATED && args.slots[token] < 0 ? 0 : members(args.slots, token, args.n);
+    if (!S::GATED && args.slots[token] < 0) continue;
+    u32 found = TOKENS == 1 ? 1u << token % GROUP : members(args.slots, token, args.n);
     if (__popc(found) == 1) expand<S, 1>(args, token, found);
-    if (__popc(found) > 1) expand<S, GROUP>(args, token, found);
+    if constexpr (TOKENS > 1) {
+      if (__popc(found) > 1) expand<S, GROUP>(args, token, found);
+    }
   }
   wait_for_previous();  // or the next kernel would take the one before for ended
 }

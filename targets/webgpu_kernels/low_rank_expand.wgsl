@@ -68,14 +68,10 @@ fn share_sum(token: u32, at: u32) -> f32 {
     % endfor
   % endif
       for (var start = 0u; start < RANK; start += RANKS) {
-        for (var r = thread; r < RANKS; r += {{ THREADS }}u) {
-          let is_there = f32(start + r < RANK);
-          let row = min(start + r, RANK - 1u) + place.rank;
-  % for half in halves
-    % for t in each
-          h[({{ half }}u * RANKS + r) * TOKENS + {{ t }}u] = is_there * share_sum(token{{ t }}, row + {{ half }}u * RANK);
-    % endfor
-  % endfor
+        for (var i = thread; i < {{ halves | length }}u * RANKS * TOKENS; i += {{ THREADS }}u) {
+          let rank = start + i / TOKENS % RANKS;
+          let row = i / TOKENS / RANKS * RANK + place.rank + min(rank, RANK - 1u);
+          h[i] = f32(rank < RANK) * share_sum(min(first + i % TOKENS, u32(numbers.n) - 1u), row);
         }
         workgroupBarrier();
         for (var r = 0u; r < RANKS; r += 4u) {

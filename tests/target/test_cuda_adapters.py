@@ -94,10 +94,10 @@ def test_a_step_without_adapters_runs_the_plan_that_knows_of_none(path: Path) ->
 
 def test_looking_ahead_gives_the_same_tokens(path: Path) -> None:
     rng = np.random.default_rng(2)
-    prompts = [rng.integers(3, 300, length).tolist() for length in (3, 17, 9, 2)]
-    params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (4, 8, 2, 6)]
-    params[1] = SamplingParams(temperature=0.9, seed=3, max_tokens=8, ignore_eos=True)
-    slots = [0, -1, 1, 0]
+    prompts = [rng.integers(3, 300, length).tolist() for length in (3, 9, 2)]
+    params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (3, 6, 2)]
+    params[1] = SamplingParams(temperature=0.9, seed=3, max_tokens=6, ignore_eos=True)
+    slots = [0, -1, 1]
     tokens = generate(emulated(path), prompts, params, slots=slots)
     assert generate(one_at_a_time(emulated(path)), prompts, params, slots=slots) == tokens
     assert generate(emulated(path), prompts, params) != tokens
@@ -111,7 +111,7 @@ def test_streamed_layers_give_the_same_tokens(path: Path) -> None:
     """Steps with adapters and without have the same layers on their way."""
     budget = artifact.read_manifest(path)["weights"][0]["bytes"] - 100_000
     prompts, slots = [[5, 9, 100], [7], [8, 11]], [1, -1, 0]
-    params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (2, 5, 3)]
+    params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (2, 4, 3)]
     whole, streamed = emulated(path), emulated(path, budget)
     assert streamed.stream is not None
     assert len(streamed.stream.visits) >= 2
