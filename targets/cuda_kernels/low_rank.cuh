@@ -3,8 +3,8 @@
 //
 // Two kernels: h = f(x) A^T, the columns of A in SPLITS shares, and y += h B^T, which adds the shares up. Of GROUP
 // neighbouring tokens the first of each adapter computes for all that have it, so these share what is read of A, and
-// where they are many of B; the others, and tokens without an adapter, have nothing to do. What is stored is asked for before the kernel before
-// has ended: only activations are of it.
+// where they are many of B; the others, and tokens without an adapter, have nothing to do. What is stored is asked for
+// before the kernel before has ended: only activations are of it.
 #pragma once
 #include "primitives.cuh"
 
