@@ -105,7 +105,8 @@ def test_compiles_into_registers(compiled: dict[str, Future[tuple[bytes, str]]],
     assert cubin.startswith(b"\x7fELF")
     found = resources(log)
     kinds = {"embedding_", "rope_append_", "attention_decode_", "attention_prefill_", "sample_rows", "untile_2"}
-    kinds |= {"linear_q4_"} if MODELS[0] in MODELS_OF[arch] else set()
+    q4 = {"linear_bulk_q4_", "gemm_float16_"} if arch == "sm_90" else {"linear_q4_"}
+    kinds |= q4 if MODELS[0] in MODELS_OF[arch] else set()
     kinds |= {"linear_f16_" if arch != "sm_90" else "gemm_float16_"} if MODELS[1] in MODELS_OF[arch] else set()
     assert {kind for kind in kinds if any(name.startswith(kind) for name in found)} == kinds
     over = {}
