@@ -285,12 +285,13 @@ def test_ctrl_c_during_run(artifact: str, monkeypatch, capsys: pytest.CaptureFix
 def test_ctrl_c_that_a_library_turned_into_its_own_error() -> None:
     """Seen with TVM: a RuntimeError without a word instead of the KeyboardInterrupt, and chatter at the end."""
     code = """
-import atexit, os, signal, sys, mlcgen
+import atexit, os, signal, sys, time, mlcgen
 from mlcgen import cli_output
 from mlcgen.cli import main
 def compile(*args, **options):
     try:
         signal.raise_signal(signal.SIGINT)
+        time.sleep(60)  # Python may take note of it a moment later
     except KeyboardInterrupt:
         raise RuntimeError from None
 mlcgen.compile = compile
