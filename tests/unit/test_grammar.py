@@ -499,7 +499,7 @@ def test_hostile_input_ends_in_time(small: GrammarCompiler, fields: dict[str, An
                 break
             grammar.accept(int(random.choice(allowed)))
     times.append(time.process_time())
-    assert max(np.diff(times)) < 10  # seconds of a processor; a fraction of this on most
+    assert max(np.diff(times)) < (10 if grammar is None else 5)  # seconds of a processor; a fraction of this on most
 
 
 def test_limits_are_ours(small: GrammarCompiler) -> None:
