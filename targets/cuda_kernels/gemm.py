@@ -62,8 +62,13 @@ class Tiling:
         return self.stages * stage + slabs + inbox + 24 * self.stages + 16 * self.consumers
 
 
-def dense_tilings(rows: int) -> list[tuple[int, Tiling]]:
-    """(tokens up to which, tiling) for a matrix of so many rows; measured on an H100."""
+def dense_tilings(spec: Linear, out_bytes: int) -> list[tuple[int, Tiling]]:
+    """(tokens up to which, tiling) for a matrix; measured on an H100. Results in float32 leave less room for stages."""
+    found = _dense_tilings(spec.out_features)
+    return [(most, _fitting(tiling, spec, out_bytes, tiling.stages)) for most, tiling in found]
+
+
+def _dense_tilings(rows: int) -> list[tuple[int, Tiling]]:
     one_wave = 66 < rows // 64 <= MULTIPROCESSORS["sm_90"]
     return [
         (16, Tiling(16, 1, 1, 1 if one_wave else 2, 20)),
@@ -112,9 +117,14 @@ def _q4_tiling(
     most = min(split, steps, _ONE_WAVE[blocks] // _row_tiles(spec, tiling))
     splits = (replace(tiling, split=split) for split in range(max(most, 1), 0, -1))
     tiling = next(each for each in splits if tokens % each.part == 0)
-    room = SHARED_BYTES // blocks - (RESERVED_BYTES if blocks > 1 else 0)
-    fitting = (replace(tiling, stages=stages) for stages in range(_MOST_STAGES, 0, -1))
-    return next(t for t in fitting if t.shared(out_bytes, spec.gates_result) <= room)
+    return _fitting(tiling, spec, out_bytes, _MOST_STAGES)
+
+
+def _fitting(tiling: Tiling, spec: Linear, out_bytes: int, most: int) -> Tiling:
+    """With up to `most` stages, as many as there is shared memory for."""
+    room = SHARED_BYTES // tiling.blocks - (RESERVED_BYTES if tiling.blocks > 1 else 0)
+    stages = (replace(tiling, stages=stages) for stages in range(most, 0, -1))
+    return next(each for each in stages if each.shared(out_bytes, spec.gates_result) <= room)
 
 
 def _row_tiles(spec: Linear, tiling: Tiling) -> int:

@@ -115,9 +115,9 @@ class _Linear:
         if self.spec.norm_eps is not None or dtypes[0] == self.operand:
             if self._has_bulk:
                 variants += self._bulk(functions, dtypes)
-            else:
+            elif most := stream.most_staged(self.spec, self.arch):
                 launch = self._stream(functions, dtypes, stream.STAGED[bits], is_staged=True)
-                variants.append(Variant(["<=", "n", stream.STAGED_TOKENS], (launch,)))
+                variants.append(Variant(["<=", "n", most], (launch,)))
         if self._has_stored_gemm:
             return variants
         for shape in stream.STREAMED[bits]:
@@ -129,9 +129,8 @@ class _Linear:
     def _gemm(self, functions: dict[str, str], dtypes: Sequence[str], before: tuple[Launch, ...]) -> list[Variant]:
         """Hopper's tensor cores on the stored matrix."""
         spec = self.spec
-        out_bytes = 4 if dtypes[-1] == "float32" else 2
         is_q4 = spec.fmt.is_grouped
-        tilings = gemm.q4_tilings(spec, out_bytes) if is_q4 else gemm.dense_tilings(spec.out_features)
+        tilings = (gemm.q4_tilings if is_q4 else gemm.dense_tilings)(spec, _bytes(dtypes[-1]))
         variants = []
         for most, tiling in tilings:
             if is_q4:
@@ -148,7 +147,7 @@ class _Linear:
         """The matrix in 16 bits in scratch memory, then as above: decoding pays where there are many tokens."""
         decode, matrix = self._decode(functions, before)
         variants = []
-        for most, tiling in gemm.dense_tilings(self.spec.out_features):
+        for most, tiling in gemm.dense_tilings(self.spec, _bytes(dtypes[-1])):
             if most and most <= FEW_TOKENS:
                 continue
             maps = [gemm.weight_map(tiling, self.spec, matrix, "float16")]
@@ -198,7 +197,7 @@ class _Linear:
         x = scratch() if self._is_copied(dtypes) else tensor(0)
         args = (*maps, gemm.token_map(tiling, spec, x, self.operand), self._arg("bias"), self._arg("residual"))
         features = spec.out_features // 2 if spec.gates_result else spec.out_features
-        shared = tiling.shared(4 if out == "float32" else 2, spec.gates_result)
+        shared = tiling.shared(_bytes(out), spec.gates_result)
         grid = (tiling.grid(features, spec.gates_result), 1, 1)
         return Launch(name, grid, tiling.threads, (*args, self._arg("out"), int32("n")), shared)
 
@@ -251,6 +250,10 @@ class _Linear:
 
     def _arg(self, name: str) -> list[object]:
         return tensor(self.params.index(name)) if name in self.params else null()
+
+
+def _bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
 
 
 def _identifier(value: float) -> str:
