@@ -14,9 +14,10 @@ C_TYPES = {
 }
 HALVES = ("float16", "bfloat16")
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148}  # of the larger GPUs
-# Of a block's dynamic memory, less a KB for what kernels declare themselves; others (sm_86, sm_89) have the least.
-SHARED_BYTES = {"sm_80": 162 * 1024, "sm_90": 226 * 1024, "sm_100": 226 * 1024}
-LEAST_SHARED_BYTES = 98 * 1024
+# Shared memory that a block may have; others (sm_86, sm_89) have the least.
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+LEAST_SHARED_BYTES = 99 * 1024
+RESERVED_BYTES = 1024  # of a multiprocessor for each block; and room for what kernels declare themselves
 
 
 def stored_type(fmt: WeightFormat, columns: int) -> str:

@@ -9,10 +9,9 @@ from mlcgen.runtime.sizes import Size
 from mlcgen.targets.base import Linear
 from mlcgen.targets.device_kernel import ceildiv, times
 
-from .code import C_TYPES, MULTIPROCESSORS, cpp
+from .code import C_TYPES, MULTIPROCESSORS, RESERVED_BYTES, SHARED_BYTES, cpp
 
 BLOCK_K = 64
-SHARED_BYTES, RESERVED_BYTES = 227 * 1024, 1024  # of a multiprocessor; by each block beside its own
 SWIZZLE_128, NO_SWIZZLE = 3, 0  # CUtensorMapSwizzle
 
 
@@ -122,7 +121,7 @@ def _q4_tiling(
 
 def _fitting(tiling: Tiling, spec: Linear, out_bytes: int, most: int) -> Tiling:
     """With up to `most` stages, as many as there is shared memory for."""
-    room = SHARED_BYTES // tiling.blocks - (RESERVED_BYTES if tiling.blocks > 1 else 0)
+    room = SHARED_BYTES["sm_90"] // tiling.blocks - (RESERVED_BYTES if tiling.blocks > 1 else 0)
     stages = (replace(tiling, stages=stages) for stages in range(most, 0, -1))
     return next(each for each in stages if each.shared(out_bytes, spec.gates_result) <= room)
 

@@ -8,7 +8,7 @@ from mlcgen.runtime.sizes import Size
 from mlcgen.targets.base import Linear
 from mlcgen.targets.device_kernel import Launch, ceildiv, times
 
-from .code import C_TYPES, LEAST_SHARED_BYTES, MULTIPROCESSORS, SHARED_BYTES, cpp, definition
+from .code import C_TYPES, LEAST_SHARED_BYTES, MULTIPROCESSORS, RESERVED_BYTES, SHARED_BYTES, cpp, definition
 
 STAGED_TOKENS = 4  # up to here each block keeps, and normalizes, the tokens itself; more are normalized once, before
 ARGS = ("norm", "w", "scale", "minimum", "bias", "residual", "out")  # between x and n
@@ -62,7 +62,7 @@ def stream(spec: Linear, out: str, shape: Shape, is_staged: bool, args: list[lis
 def most_staged(spec: Linear, arch: str) -> int:
     """Tokens that a block can keep."""
     sums = SUM_BYTES * STAGED[spec.fmt.bits].warps * (STAGED_TOKENS + 1)
-    room = SHARED_BYTES.get(arch, LEAST_SHARED_BYTES) - sums
+    room = SHARED_BYTES.get(arch, LEAST_SHARED_BYTES) - RESERVED_BYTES - sums
     return min(STAGED_TOKENS, room // _token_bytes(spec.in_features))
 
 
@@ -70,7 +70,7 @@ def bulk_rings(spec: Linear) -> list[tuple[int, int]]:
     """(tokens up to which, segments of a ring): rings leave room for the tokens."""
     rings: list[tuple[int, int]] = []
     for stages in range(BULK[spec.fmt.bits][2], 0, -1):
-        room = SHARED_BYTES["sm_90"] - _bulk_bytes(spec.fmt, stages)
+        room = SHARED_BYTES["sm_90"] - RESERVED_BYTES - _bulk_bytes(spec.fmt, stages)
         most = min(STAGED_TOKENS, room // _token_bytes(spec.in_features))
         if most > (rings[-1][0] if rings else 0):
             rings.append((most, stages))
