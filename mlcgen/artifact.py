@@ -30,6 +30,7 @@ from mlcgen.errors import ArtifactError, CheckpointError
 from mlcgen.json_file import read_object
 from mlcgen.runtime.cpu import usable_cores
 from mlcgen.runtime.executor import AdaptedStepInput, StepInput
+from mlcgen.schema import NUMBER, mismatch
 
 SCHEMA_VERSION = 2
 HASH_BLOCK = 16 << 20  # bytes
@@ -40,10 +41,10 @@ STORAGE = {"F32": "float32", "F16": "float16", "U16": "uint16", "U8": "uint8"}
 KV_DTYPES = ("float32", "float16", "bfloat16")
 _FILE = {"file": str, "sha256": str}
 _SIZE = range(1, 1 << 31)
-# What every reader may rely on: a type, a range, [type of each item], {key: type of its value}, or the values allowed.
+# What every reader may rely on.
 _SCHEMA: dict[str, Any] = {
     "name": str,
-    "model": {"vocab_size": _SIZE, "eos_token_ids": [int]},
+    "model": {"vocab_size": _SIZE, "eos_token_ids": [int], "rope": {"inv_freq": [NUMBER]}},
     "quantization": str,
     "kv": {"num_layers": _SIZE, "num_kv_heads": _SIZE, "head_dim": _SIZE, "page_size": _SIZE, "dtype": KV_DTYPES},
     "entry": {"name": str, "inputs": [tuple(field.name for field in dataclasses.fields(StepInput))], "weights": [str]},
@@ -94,9 +95,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     if type(version) is not int or version != SCHEMA_VERSION:
         text = f"{path} has schema_version {version!r:.40}, this mlcgen reads {SCHEMA_VERSION}"
         raise ArtifactError(f"{text}; compile the model again")
-    problem = _mismatch(manifest, _SCHEMA, "")
+    problem = mismatch(manifest, _SCHEMA)
     if problem is None and "adapters" in manifest:
-        problem = _mismatch(manifest, _ADAPTERS_SCHEMA, "") or _mismatch_of_adapters(manifest)
+        problem = mismatch(manifest, _ADAPTERS_SCHEMA) or _mismatch_of_adapters(manifest)
     if problem:
         raise ArtifactError(f"{path}/{MANIFEST}: {problem}; compile the model again")
     adapted = [entry["adapted"] for entry in manifest["targets"]] if "adapters" in manifest else []
@@ -121,24 +122,6 @@ def _mismatch_of_adapters(manifest: Mapping[str, Any]) -> str | None:
         if not group["projections"] or len(group["projections"]) != len(group["out_features"]):
             return f"adapters.groups[{i}] has not one size for each projection"
     return None
-
-
-def _mismatch(value: Any, schema: Any, where: str) -> str | None:
-    """What is wrong with the value at `where`, or None."""
-    if isinstance(schema, dict):
-        if not isinstance(value, dict):
-            return f"{where} is missing or no object"
-        prefix = f"{where}." if where else ""
-        return next(filter(None, (_mismatch(value.get(k), s, f"{prefix}{k}") for k, s in schema.items())), None)
-    if isinstance(schema, list):
-        if not isinstance(value, list):
-            return f"{where} is missing or no list"
-        return next(filter(None, (_mismatch(v, schema[0], f"{where}[{i}]") for i, v in enumerate(value))), None)
-    if isinstance(schema, tuple):
-        return None if isinstance(value, str) and value in schema else f"{where} is none of {', '.join(schema)}"
-    if isinstance(schema, range):
-        return None if type(value) is int and value in schema else f"{where} is missing or no number that can be"
-    return None if type(value) is schema else f"{where} is missing or no {schema.__name__}"
 
 
 def read_report(path: str | Path) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Fields:
         value = default if value is None else value
         if value is None:
             raise CheckpointError(f"config.json has no {name!r}; {self.hf.get('model_type')} needs it")
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e300:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise CheckpointError(f"config field {name!r} = {value!r} should be of type {kind.__name__}")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from mlcgen.errors import CheckpointError, UnsupportedError
 
@@ -18,23 +18,38 @@ class Rope:
 
 def parse_rope(hf: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope:
     """Rope from `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
-    scaling = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    scaling: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        given = hf.get(name) or {}
+        if not isinstance(given, Mapping):
+            raise CheckpointError(f"config field {name!r} = {given!r:.80} should be an object")
+        scaling |= given
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     theta = _number(scaling, "rope_theta", hf.get("rope_theta") or 10000.0)
     if scaling.get("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UnsupportedError("config field 'partial_rotary_factor' other than 1.0 is not supported")
-    if kind not in _SCALINGS:
+    if not isinstance(kind, str) or kind not in _SCALINGS:
         raise UnsupportedError(f"rope_scaling type {kind!r} is not supported; have: {', '.join(_SCALINGS)}")
-    inv_freq = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-    return _SCALINGS[kind](inv_freq, scaling, theta, max_positions)
+    try:
+        inv_freq = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+        rope = _SCALINGS[kind](inv_freq, scaling, theta, max_positions)
+    except ArithmeticError as error:
+        raise CheckpointError(f"rope_theta {theta} and rope_scaling {scaling} give no frequencies: {error}") from error
+    if not all(map(math.isfinite, (*rope.inv_freq, rope.attention_factor))):
+        raise CheckpointError(f"rope_theta {theta} and rope_scaling {scaling} give frequencies that are not finite")
+    return rope
 
 
 def _number(scaling: Mapping[str, Any], name: str, default: float | None = None) -> float:
     value = scaling.get(name)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if not _is_positive(value):
         raise CheckpointError(f"rope_scaling field {name!r} = {value!r} should be a positive number")
     return float(value)
+
+
+def _is_positive(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e300
 
 
 def _default(inv_freq: list[float], scaling: Mapping[str, Any], theta: float, max_positions: int) -> Rope:
@@ -96,8 +111,8 @@ def _yarn_attention_factor(scaling: Mapping[str, Any], factor: float) -> float:
 def _factors(inv_freq: list[float], scaling: Mapping[str, Any], theta: float, max_positions: int) -> Rope:
     """One divisor per frequency: how GGUF files store Llama 3's scaling."""
     factors = scaling.get("factors")
-    if not isinstance(factors, list) or len(factors) != len(inv_freq):
-        raise CheckpointError(f"rope_scaling needs {len(inv_freq)} 'factors'")
+    if not isinstance(factors, list) or len(factors) != len(inv_freq) or not all(map(_is_positive, factors)):
+        raise CheckpointError(f"rope_scaling needs {len(inv_freq)} 'factors', positive numbers")
     return Rope(tuple(f / d for f, d in zip(inv_freq, factors, strict=True)))
 
 

@@ -1,6 +1,5 @@
 """Adapters that are loaded now: their names, slots and places in the prefix cache."""
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,7 +7,6 @@ from mlcgen.adapter_layout import AdapterLayout
 from mlcgen.errors import RequestError, UnsupportedError
 from mlcgen.runtime.executor import AdaptedExecutor, Executor
 from mlcgen.runtime.peft import Matrices
-from mlcgen.runtime.prefix_cache import ROOT
 
 __all__ = ["Adapter", "Adapters"]
 
@@ -23,11 +21,12 @@ class Adapter:
 class Adapters:
     """Those of one executor."""
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, roots: Iterator[int]) -> None:
+        """roots: of trees in the prefix cache that nobody else has."""
         self._executor = executor if isinstance(executor, AdaptedExecutor) else None
         self._layout = self._executor.adapters if self._executor is not None else None
         self._loaded: dict[str, Adapter] = {}
-        self._roots: Iterator[int] = itertools.count(ROOT - 1, -1)
+        self._roots = roots
 
     def __len__(self) -> int:
         return len(self._loaded)

@@ -17,6 +17,7 @@ from mlcgen.runtime.check_numerics import not_finite_error
 from mlcgen.runtime.draft import ROOT, Draft
 from mlcgen.runtime.executor import Executor, SamplingExecutor
 from mlcgen.runtime.grammar import Grammar
+from mlcgen.runtime.heavy_hitters import KeyLayout
 from mlcgen.runtime.host_sampling import HostSampling
 from mlcgen.runtime.iteration import Iteration, StepError, begin, concerning
 from mlcgen.runtime.kv_cache import PagePool
@@ -26,11 +27,13 @@ from mlcgen.runtime.options import EngineOptions
 from mlcgen.runtime.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
 from mlcgen.runtime.page_mover import PageMover
 from mlcgen.runtime.peft import read_adapter
+from mlcgen.runtime.prefix_cache import new_roots
 from mlcgen.runtime.request import Intake, Prompt, Request
 from mlcgen.runtime.sampler import NO_TOKEN, Sampled, SamplingParams
 from mlcgen.runtime.scheduler import Scheduler
 from mlcgen.runtime.speculation import Drafter, Speculation
 from mlcgen.runtime.stats import EngineStats
+from mlcgen.runtime.text_window import TextWindow
 from mlcgen.runtime.tokenizer import Tokenizer
 
 __all__ = ["Engine", "Prompt"]
@@ -56,12 +59,14 @@ class Engine:
         options: EngineOptions | None = None,
         drafter: Drafter | None = None,
         model_window: int = 0,
+        keys: KeyLayout | None = None,
     ) -> None:
         """drafter: who guesses tokens; None: nobody, or who `options` names. model_window: last tokens that the model
-        sees from a token; 0: all."""
+        sees from a token; 0: all. keys: how pages hold them, for those that move there."""
         self.executor = executor
         self.options = options = options or EngineOptions()
-        self.adapters = Adapters(executor)
+        roots = new_roots()
+        self.adapters = Adapters(executor, roots)
         self._host_sampling = HostSampling(executor)
         self._sampling = executor if isinstance(executor, SamplingExecutor) else self._host_sampling
         self.tokenizer = tokenizer
@@ -84,7 +89,8 @@ class Engine:
             raise RequestError(
                 f"window={options.window} is beyond the artifact's context of {context_length}; lower it"
             )
-        is_endless = options.window is not None
+        self._window = None if options.window is None else TextWindow(options, executor, self.scheduler, keys, roots)
+        is_endless = self._window is not None
         self._intake = Intake(tokenizer, executor.vocab_size, self.eos_token_ids, context_length, is_endless)
         self._limit = options.window or context_length  # tokens of a sequence
         self._requests: dict[str, list[Request]] = {}  # samples that are unfinished
@@ -267,13 +273,14 @@ class Engine:
 
     def _move_windows(self) -> None:
         """Have those that fill their window go on with a part of it."""
-        if self.options.window is None:
+        if self._window is None:
             return
-        for request in [*self.scheduler.running, *self.scheduler.waiting]:
-            if request.num_tokens >= self._limit and request.search is None:
-                self._speculation.forget(request)
-                self.scheduler.restart_one(request)
-                request.move_window(self.options.sinks, self._limit // 2)
+        for request in filter(self._window.is_full, [*self.scheduler.running, *self.scheduler.waiting]):
+            self._speculation.forget(request)
+            with concerning([request]):
+                self._is_moving = True
+                self._window.move(request)
+                self._is_moving = False
 
     def _can_look_ahead(self, started: Iteration) -> bool:
         """Whether the next iteration needs nothing of this one but the tokens that it samples."""

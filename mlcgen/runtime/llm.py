@@ -57,7 +57,7 @@ def load_engine(
     if options.draft_model is not None:
         drafter = load_drafter(options.draft_model, model, target, num_threads, options.branches, options.trust)
     sizes = model.context_length, model.max_batch
-    return Engine(model.executor, tokenizer, model.eos_token_ids, *sizes, options, drafter, model.window)
+    return Engine(model.executor, tokenizer, model.eos_token_ids, *sizes, options, drafter, model.window, model.keys)
 
 
 class LLM:

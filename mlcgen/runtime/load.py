@@ -9,12 +9,13 @@ from mlcgen import artifact
 from mlcgen.errors import ArtifactError
 from mlcgen.runtime.cpu import host_arch
 from mlcgen.runtime.executor import Executor
+from mlcgen.runtime.heavy_hitters import KeyLayout
 from mlcgen.runtime.kv_size import page_bytes, useful_pages
 from mlcgen.runtime.load_plan import load_plan
 from mlcgen.runtime.mapped_layers import MappedLayers
 from mlcgen.runtime.offload import divide, num_bytes
 from mlcgen.runtime.target_choice import choose_target
-from mlcgen.runtime.vm_executor import VmExecutor, load_runtime_library
+from mlcgen.runtime.vm_executor import KV_STORAGE, VmExecutor, load_runtime_library
 
 MEMORY_SHARE = 0.5  # of what is free, for pages, when the user names no number
 
@@ -29,6 +30,7 @@ class LoadedModel:
     max_batch: int
     target: str
     window: int  # last tokens that the model sees from a token; 0: all
+    keys: KeyLayout
 
 
 def load_executor(
@@ -76,13 +78,22 @@ def load_executor(
     eos = [int(token) for token in manifest["model"].get("eos_token_ids", [])]
     window = int(manifest["model"].get("window", 0))
     tokenizer, context = artifact.tokenizer_path(path), int(manifest["context_length"])
-    return LoadedModel(executor, tokenizer, config, eos, context, batch, entry["name"], window)
+    return LoadedModel(executor, tokenizer, config, eos, context, batch, entry["name"], window, _key_layout(manifest))
 
 
 def _stream(file: Path, weights: Mapping[str, Any], names: Sequence[str], budget: int | None) -> MappedLayers | None:
     """What brings the layers that do not stay in memory; None where all do."""
     division = divide({name: int(weights[name].nbytes) for name in names}, budget)
     return MappedLayers(file, weights, division.streamed) if division.streamed else None
+
+
+def _key_layout(manifest: Mapping[str, Any]) -> KeyLayout:
+    kv, inv_freq = manifest["kv"], manifest["model"]["rope"]["inv_freq"]
+    if 2 * len(inv_freq) != kv["head_dim"]:
+        raise ArtifactError(
+            f"model.rope.inv_freq has {len(inv_freq)} numbers for heads of {kv['head_dim']}; compile the model again"
+        )
+    return KeyLayout(kv["num_kv_heads"], kv["page_size"], kv["head_dim"], KV_STORAGE[kv["dtype"]], tuple(inv_freq))
 
 
 def _batch(manifest: Mapping[str, Any], wanted: int | None) -> int:

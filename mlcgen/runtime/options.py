@@ -10,6 +10,7 @@ __all__ = ["SPECULATIONS", "EngineOptions"]
 
 _LEAST = {"tokens_per_step": 1, "swap_bytes": 0, "max_draft": 1, "branches": 1, "window": 2, "sinks": 0}
 SPECULATIONS = ("off", "ngram", "lookahead", "model")
+WINDOW_KEEPS = ("last", "heavy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,12 @@ class EngineOptions:
     """Compute prompts in chunks beside the tokens of those that generate. False: prompts alone and first, as they come;
     those that generate wait for them."""
     window: int | None = None
-    """Let texts grow without end: one with so many tokens goes on with its first `sinks` ones and the last half of the
-    window, computed anew. None: they end with the context."""
+    """Let texts grow without end: one with so many tokens goes on with half of the window. None: they end with the
+    context."""
+    window_keeps: Literal["last", "heavy"] = "last"
+    """Besides the first `sinks` tokens. last: the last ones, computed anew. heavy: the last ones and, half of all,
+    those that attention falls on, with the keys and values that they have (H2O); a prompt may then be longer than the
+    window, and is cut down to half of it once it is computed."""
     sinks: int = 4
     """First tokens of a text that stay in the window; without them models lose their way (arXiv:2309.17453)."""
     speculation: Literal["off", "ngram", "lookahead", "model"] = "off"
@@ -57,8 +62,9 @@ class EngineOptions:
             raise RequestError(
                 f"window={self.window} with sinks={self.sinks} leaves no room; raise one or lower the other"
             )
-        if self.speculation not in SPECULATIONS:
-            raise RequestError(f"speculation={self.speculation!r} is not known; have: {', '.join(SPECULATIONS)}")
+        for name, have in (("speculation", SPECULATIONS), ("window_keeps", WINDOW_KEEPS)):
+            if (value := getattr(self, name)) not in have:
+                raise RequestError(f"{name}={value!r} is not known; have: {', '.join(have)}")
         if self.trust is not None and not (self.speculation == "model" and 0 < self.trust <= 1 and self.branches == 1):
             raise RequestError(
                 f"trust={self.trust!r} is not valid; it must be a probability, with speculation='model' and branches=1"

@@ -3,16 +3,16 @@
 import base64
 import binascii
 import json
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from mlcgen.adapter_layout import SLOTS, AdapterLayout
 from mlcgen.errors import ArtifactError
 from mlcgen.runtime.sizes import MAX_DEPTH, OPERATORS, Size, evaluate
+from mlcgen.schema import NUMBER, Check, Items, Kinds, Named, Optional, mismatch
 
 VERSION = 2
 ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "uint8": 1, "int64": 8}
@@ -46,7 +46,7 @@ def read_plan(file: Path) -> dict[str, Any]:
         version = plan["version"] if isinstance(plan, dict) and "version" in plan else None
         if type(version) is not int or version != VERSION:
             raise ArtifactError(f"it is of version {version!r:.40}, this mlcgen reads {VERSION}")
-        if problem := _mismatch(plan, _SCHEMA, "") or next(_contradictions(plan), None):
+        if problem := mismatch(plan, _SCHEMA) or next(_contradictions(plan), None):
             raise ArtifactError(problem)
     except (ArtifactError, OSError, ValueError, RecursionError) as error:
         advice = "" if "compile the model again" in str(error) else "; compile the model again"
@@ -135,86 +135,6 @@ def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is no number")
 
 
-# The schema: a type, a range, [schema of each item], {key: schema of its value}, the values allowed, a check with what
-# it wants, or one of these.
-
-
-class _Named:
-    """An object of any keys."""
-
-    def __init__(self, item: Any) -> None:
-        self.item = item
-
-
-class _Items:
-    """A list of so many items, each of its own schema."""
-
-    def __init__(self, *items: Any) -> None:
-        self.items = items
-
-
-class _Optional:
-    """What may be missing from an object."""
-
-    def __init__(self, item: Any) -> None:
-        self.item = item
-
-
-class _Kinds:
-    """One of several schemas, by what stands at a key, as an item 0 or in an object."""
-
-    def __init__(self, key: int | str, kinds: Mapping[str, Any]) -> None:
-        self.key, self.kinds = key, kinds
-
-
-def _mismatch(value: Any, schema: Any, where: str) -> str | None:
-    """What is wrong with the value at `where`, or None."""
-    if isinstance(schema, _Kinds):
-        kind = _kind(value, schema.key)
-        if kind not in schema.kinds:
-            return f"{where} is missing or of no known kind; have: {', '.join(schema.kinds)}"
-        return _mismatch(value, schema.kinds[kind], where)
-    if isinstance(schema, _Optional):
-        return _mismatch(value, schema.item, where)
-    if isinstance(schema, dict | _Named):
-        if not isinstance(value, dict):
-            return f"{where or 'it'} is missing or no object"
-        items = schema.items() if isinstance(schema, dict) else ((key, schema.item) for key in value)
-        items = ((key, item) for key, item in items if key in value or not isinstance(item, _Optional))
-        return _first(_mismatch(value.get(key), item, f"{where}.{key[:80]}".lstrip(".")) for key, item in items)
-    if isinstance(schema, list | _Items):
-        if not isinstance(value, list):
-            return f"{where} is missing or no list"
-        each = schema if isinstance(schema, list) else schema.items
-        if isinstance(schema, _Items) and len(value) != len(each):
-            return f"{where} has {len(value)} items, not {len(each)}"
-        return _first(_mismatch(v, each[min(i, len(each) - 1)], f"{where}[{i}]") for i, v in enumerate(value))
-    if isinstance(schema, tuple) and callable(schema[0]):
-        return None if schema[0](value) else f"{where} is {_shown(value)}, which is no {schema[1]}"
-    if isinstance(schema, tuple):
-        known = isinstance(value, str) and value in schema
-        return None if known else f"{where} is {_shown(value)}, none of {', '.join(schema)}"
-    if isinstance(schema, range):
-        return None if type(value) is int and value in schema else f"{where} is {_shown(value)}, no number that can be"
-    return None if type(value) is schema else f"{where} is missing or no {schema.__name__}"
-
-
-def _first(problems: Iterator[str | None]) -> str | None:
-    return next(filter(None, problems), None)
-
-
-def _kind(value: Any, key: int | str) -> str:
-    try:
-        found = value[key]
-    except (LookupError, TypeError):
-        return ""
-    return found if isinstance(found, str) else ""
-
-
-def _shown(value: Any) -> str:
-    return "missing" if value is None else reprlib.repr(value)[:60]  # `repr` itself fails on deep lists
-
-
 def _is_small(value: Any) -> bool:
     return type(value) is int and abs(value) < 1 << 64
 
@@ -227,7 +147,7 @@ def _is_size(value: Any, depth: int = MAX_DEPTH) -> bool:
 
 
 def _is_float(value: Any) -> bool:
-    return type(value) in (int, float) and isfinite(value) and abs(value) < 3e38
+    return NUMBER.accepts(value) and abs(value) < 3e38
 
 
 def _is_name(value: Any) -> bool:
@@ -241,15 +161,15 @@ def _is_base64(value: Any) -> bool:
         return False
 
 
-_SIZE = (_is_size, "size")
-_BASE64 = (_is_base64, "base64 of anything")
+_SIZE = Check(_is_size, "size")
+_BASE64 = Check(_is_base64, "base64 of anything")
 _ADDRESSES = {
-    "tensor": _Items(str, _INDEX),
-    "part": _Items(str, _Items(_INDEX, _BYTES, _BYTES)),
-    "scratch": _Items(str, _SIZE),
+    "tensor": Items(str, _INDEX),
+    "part": Items(str, Items(_INDEX, _BYTES, _BYTES)),
+    "scratch": Items(str, _SIZE),
 }
 _MAP = {
-    "of": _Kinds(0, _ADDRESSES),
+    "of": Kinds(0, _ADDRESSES),
     "dtype": MAP_DTYPES,
     "dims": [_SIZE],
     "strides": [_BYTES],
@@ -258,17 +178,17 @@ _MAP = {
 }
 _ARGUMENTS = {
     **_ADDRESSES,
-    **dict.fromkeys(("int32", "int64"), _Items(str, _SIZE)),
-    **dict.fromkeys(("counters", "null"), _Items(str, range(1))),
-    "float32": _Items(str, (_is_float, "number")),
-    "map": _Items(str, _MAP),
+    **dict.fromkeys(("int32", "int64"), Items(str, _SIZE)),
+    **dict.fromkeys(("counters", "null"), Items(str, range(1))),
+    "float32": Items(str, Check(_is_float, "number")),
+    "map": Items(str, _MAP),
 }
 _LAUNCH = {
-    "function": (_is_name, "name of a function"),
-    "grid": _Items(_SIZE, _SIZE, _SIZE),
+    "function": Check(_is_name, "name of a function"),
+    "grid": Items(_SIZE, _SIZE, _SIZE),
     "block": range(1, 1025),
     "shared": _SIZE,
-    "args": [_Kinds(0, _ARGUMENTS)],
+    "args": [Kinds(0, _ARGUMENTS)],
     "overlaps": bool,
 }
 _TENSORS = {
@@ -284,16 +204,16 @@ _SCHEMA: dict[str, Any] = {
     "arch": str,
     "max_tokens_per_step": _COUNT,
     "max_logit_rows": _COUNT,
-    "symbols": _Named(_Items(tuple(INPUTS), range(2))),
-    "inputs": {name: _Optional(_INPUT) if name in OPTIONAL_INPUTS else _INPUT for name in INPUTS},
-    "weights": _Named({"shape": [_COUNT], "dtype": ("float32", "float16", "uint16", "uint8"), "is_tiled": bool}),
-    "pages": {"layers": range(1, 1 << 16), "shape": _Items(*[_COUNT] * 4), "dtype": ("float32", "float16", "uint16")},
-    "adapters": _Optional(_Named({"shape": [_COUNT], "dtype": ("float32", "float16")})),
+    "symbols": Named(Items(tuple(INPUTS), range(2))),
+    "inputs": {name: Optional(_INPUT) if name in OPTIONAL_INPUTS else _INPUT for name in INPUTS},
+    "weights": Named({"shape": [_COUNT], "dtype": ("float32", "float16", "uint16", "uint8"), "is_tiled": bool}),
+    "pages": {"layers": range(1, 1 << 16), "shape": Items(*[_COUNT] * 4), "dtype": ("float32", "float16", "uint16")},
+    "adapters": Optional(Named({"shape": [_COUNT], "dtype": ("float32", "float16")})),
     "storages": [_BYTES],
     "constants": [{"dtype": _DTYPES, "data": _BASE64}],
-    "tensors": [_Kinds("kind", _TENSORS)],
-    "kernels": _Named([{"when": _SIZE, "launches": [_LAUNCH]}]),
-    "steps": [_Items(str, [_INDEX], _Named(_SIZE))],
+    "tensors": [Kinds("kind", _TENSORS)],
+    "kernels": Named([{"when": _SIZE, "launches": [_LAUNCH]}]),
+    "steps": [Items(str, [_INDEX], Named(_SIZE))],
     "output": _INDEX,
     "scratch": _BYTES,
     "counters": _BYTES,

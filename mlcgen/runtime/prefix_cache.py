@@ -5,15 +5,22 @@ before it, but for pages behind a model's window, and pages are freed from a seq
 before its parent. Where it is not, its children are forgotten with it: what is found in the tree is whole.
 """
 
+import itertools
 from array import array
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 
 from mlcgen.runtime.kv_cache import PagePool
 
-__all__ = ["PrefixCache"]
+__all__ = ["ROOT", "PrefixCache", "new_roots"]
 
 ROOT = -1
 _Key = tuple[int, bytes]  # the page before it, or a root, and its tokens
+
+
+def new_roots() -> Iterator[int]:
+    """Of trees beside the one of ROOT, each once."""
+    return itertools.count(ROOT - 1, -1)
 
 
 class PrefixCache:

@@ -94,11 +94,11 @@ class Request(Sequence):
             shown = completion.token_ids[:-1] if stopped_by_token else completion.token_ids
             completion.text = tokenizer.decode(shown, self.params.skip_special_tokens)
 
-    def move_window(self, sinks: int, kept: int) -> None:
-        """Go on from so many tokens, of which `sinks` are the first ones, as if there had been no others."""
-        del self.tokens[sinks : len(self.tokens) - (kept - sinks)]
-        self.num_tokens = kept
-        self.num_before = kept - len(self.completion.token_ids)
+    def keep(self, places: list[int]) -> None:
+        """Go on from the tokens at these places, as if there had been no others."""
+        self.tokens[:] = [self.tokens[place] for place in places]
+        self.num_tokens = len(places)
+        self.num_before = len(places) - len(self.completion.token_ids)
 
     @property
     def num_wanted(self) -> int:

@@ -102,7 +102,7 @@ def _is_token_id(value: object) -> bool:
 
 
 def _is_bias(bias: dict[int, float] | None) -> bool:
-    return all(_is_token_id(t) and _is_a(b, _NUMBER) and math.isfinite(b) for t, b in (bias or {}).items())
+    return all(_is_token_id(t) and _is_a(b, _NUMBER) and abs(b) < _TOO_LARGE for t, b in (bias or {}).items())
 
 
 def _is_stop(stop: str | list[str] | None) -> bool:
@@ -113,15 +113,16 @@ _NONE = type(None)
 _INT = (int, np.integer)
 _NUMBER = (int, float, np.integer, np.floating)
 _BOOL = (bool,)
+_TOO_LARGE = 3e38  # as float32, in which logits are
 _CHECKS: list[tuple[str, tuple[type, ...], Callable[[Any], bool], str]] = [
     ("n", _INT, lambda x: 1 <= x <= 1024, "an integer from 1 to 1024"),
     ("beam_width", _INT, lambda x: 0 <= x <= 64, "an integer from 0 to 64"),
-    ("length_penalty", _NUMBER, lambda x: 0 <= x < math.inf, "a finite number >= 0"),
-    ("temperature", _NUMBER, lambda x: 0 <= x < math.inf, "a finite number >= 0"),
+    ("length_penalty", _NUMBER, lambda x: 0 <= x < _TOO_LARGE, "a finite number >= 0"),
+    ("temperature", _NUMBER, lambda x: 0 <= x < _TOO_LARGE, "a finite number >= 0"),
     ("top_p", _NUMBER, lambda x: 0 < x <= 1, "a number in (0, 1]"),
     ("top_k", _INT, lambda x: x >= -1, "an integer >= 1, or 0 or -1 for all tokens"),
     ("min_p", _NUMBER, lambda x: 0 <= x <= 1, "a number in [0, 1]"),
-    ("repetition_penalty", _NUMBER, lambda x: 0 < x < math.inf, "a finite number > 0"),
+    ("repetition_penalty", _NUMBER, lambda x: 0 < x < _TOO_LARGE, "a finite number > 0"),
     ("presence_penalty", _NUMBER, lambda x: -2 <= x <= 2, "a number in [-2, 2]"),
     ("frequency_penalty", _NUMBER, lambda x: -2 <= x <= 2, "a number in [-2, 2]"),
     ("logit_bias", (dict, _NONE), _is_bias, "a dict of token id to finite number"),

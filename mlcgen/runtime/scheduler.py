@@ -207,6 +207,22 @@ class Scheduler(Generic[S]):
         self._drop_saved(sequence)
         self._drop(sequence)
 
+    def replace_pages(self, sequence: S, num_computed: int, cache_root: int) -> list[int] | None:
+        """Other pages in place of those that a running sequence has: for so many computed tokens, and the others.
+
+        What is written there goes by `cache_root`, see PrefixCache.add. None where too few are free.
+        """
+        needed, held = self._pages_for(num_computed + sequence.num_uncomputed), sequence.table.pages.tolist()
+        own = sum(self.pool.num_references(page) == 1 for page in held)
+        if not self._reclaim(needed - own):
+            return None
+        self.pool.free(sequence.table.clear())
+        pages = self.pool.allocate(needed)
+        sequence.table.extend(pages)
+        sequence.num_tokens += num_computed - sequence.num_computed
+        sequence.num_computed, sequence.num_shareable, sequence.cache_root = num_computed, 0, cache_root
+        return pages
+
     def restart(self) -> None:
         """Have everything that runs computed anew: what is in the cache cannot be relied on."""
         for sequence in reversed(self.running):

@@ -45,7 +45,7 @@ def test_program(name: str, compile_smollm2: Callable[..., Path], monkeypatch: p
 
 
 def test_the_programs_were_found() -> None:
-    assert len(PROGRAMS) == 10
+    assert len(PROGRAMS) == 11
     assert len(ADAPTED) == 2
 
 

@@ -66,6 +66,7 @@ MANIFEST: dict[str, Any] = {
         "vocab_size": 100,
         "max_position_embeddings": 256,
         "eos_token_ids": [],
+        "rope": {"inv_freq": [1.0] * 8},
     },
     "quantization": "q4",
     "context_length": 128,

@@ -191,7 +191,7 @@ def with_devices(devices: Any) -> dict[str, Any]:
         ({"version": 1, "results": [{"version": 0}]}, "has version 0"),
         (without("engines"), "engines is missing or no list"),
         (without("devices"), "devices is missing or no object"),
-        (with_figure("fast"), r"engines\[0\].metrics.decode_tokens_per_s.median is missing or no number"),
+        (with_figure("fast"), r"engines\[0\].metrics.decode_tokens_per_s.median is 'fast', which is no number"),
         (with_figure(float("nan")), "no number that can be"),
         (with_figure(float("inf")), "no number that can be"),
         (with_figure(-1), "no number that can be"),

@@ -160,12 +160,20 @@ def test_fields_that_would_change_the_result_are_refused(field, value, hf):
         ("head_dim", 15),
         ("tie_word_embeddings", 1),
         ("rope_theta", -1.0),
+        ("rope_scaling", ["linear"]),
         ("rope_scaling", {"rope_type": "linear"}),
+        ("rope_theta", 10**400),
+        ("rms_norm_eps", 10**400),
         ("rope_scaling", {"rope_type": "linear", "factor": 0}),
+        ("rope_scaling", {"rope_type": "linear", "factor": 10**400}),
+        ("rope_scaling", {"rope_type": "linear", "factor": 1e-299, "rope_theta": 1e-299}),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}),
+        ("rope_scaling", {"rope_type": "factors", "factors": [0.0] * 8}),
+        ("rope_scaling", {"rope_type": "factors", "factors": ["1"] * 8}),
     ],
 )
 def test_fields_of_another_type_or_size_are_named(field, value):
-    named = {"rope_scaling": "factor"}.get(field, field)
+    named = {"rope_scaling": "factor|rope_theta|object"}.get(field, field)
     with pytest.raises(CheckpointError, match=named):
         parse_config({**LLAMA, field: value})
 

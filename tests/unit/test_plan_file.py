@@ -287,6 +287,7 @@ def test_a_plan(tmp_path: Path) -> None:
         ("kernels.embed.0.launches.0.args.0", [], "args[0] is missing or of no known kind"),
         ("kernels.embed.0.launches.0.args.0", "tensor", "args[0] is missing or of no known kind"),
         ("kernels.embed.0.launches.0.args.3.1", 1e39, "args[3][1] is 1e+39, which is no number"),
+        ("kernels.embed.0.launches.0.args.3.1", 10**400, "which is no number"),
         ("kernels.product.0.launches.0.args.0.1", 65, "steps[1] uses more scratch memory"),
         ("kernels.product.0.launches.0.args.0.1", -1, "steps[1] uses more scratch memory"),
         ("kernels.product.1.launches.1.args.0.1.of", ["counters", 0], "of is missing or of no known kind"),

@@ -70,14 +70,14 @@ class Memory:
 
 def seen_at(job: Job, at: int) -> bytes:
     """The tokens up to the one that is at a place of the cache, in which a draft's nodes come after the known ones."""
-    node = at - job.num_tokens
+    node, root = at - job.num_tokens, f"{job.cache_root}: ".encode()
     if node < 0:
-        return bytes(job.tokens[: at + 1])
+        return root + bytes(job.tokens[: at + 1])
     path = []
     while node != ROOT:
         path.append(job.draft.tokens[node])
         node = job.draft.parents[node]
-    return bytes(job.tokens + path[::-1])
+    return root + bytes(job.tokens + path[::-1])
 
 
 def make_scheduler(
@@ -147,7 +147,7 @@ def check_tree(scheduler: Scheduler[Job]) -> None:
     keys = scheduler.cache._keys
     for page, key in keys.items():
         assert scheduler.cache._pages[key] == page
-        assert key[0] == TREE_ROOT or key[0] in keys
+        assert key[0] <= TREE_ROOT or key[0] in keys
 
 
 def drafted(tokens: list[int], wrong: set[int], is_tree: bool) -> Draft:
@@ -187,6 +187,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.memory = Memory(self.scheduler)
         self.alive: list[Job] = []
         self.arrivals = 0
+        self.roots = TREE_ROOT
         self.prompts: list[list[int]] = [[0]]
 
     def arrived(self, prompt: list[int], num_wanted: int, rank: float) -> Job:
@@ -230,9 +231,36 @@ class SchedulerMachine(RuleBasedStateMachine):
     def fork(self, data: st.DataObject, num_wanted: int) -> None:
         parent = data.draw(st.sampled_from(self.scheduler.running + self.scheduler.paused))
         job = self.arrived(list(parent.tokens), num_wanted, parent.rank)
+        job.cache_root = parent.cache_root
         if num_pages_for(job.num_tokens + 1, self.scheduler.page_size) <= self.scheduler.pool.num_pages:
             self.scheduler.fork(job, parent)
             self.alive.append(job)
+
+    @precondition(lambda self: self.scheduler.running and not self.scheduler.window)
+    @rule(data=st.data())
+    def keep_a_part(self, data: st.DataObject) -> None:
+        """Of a sequence's tokens, with other pages, as if they were all."""
+        job = data.draw(st.sampled_from(self.scheduler.running))
+        places = data.draw(st.sets(st.integers(0, max(job.num_computed - 1, 0)), min_size=1))
+        if not job.num_computed:
+            return
+        before, num_wanted = (
+            (job.table.pages.tolist(), job.num_computed, job.cache_root),
+            job.num_final - job.num_tokens,
+        )
+        self.roots -= 1
+        pages = self.scheduler.replace_pages(job, len(places), self.roots)
+        if pages is None:
+            assert (job.table.pages.tolist(), job.num_computed, job.cache_root) == before
+            return
+        job.tokens = [job.tokens[place] for place in sorted(places)] + job.tokens[before[1] :]
+        job.num_wanted, job.prompt = num_wanted, list(job.tokens)
+        assert job.num_tokens == len(job.tokens)
+        job.num_final = job.num_tokens + num_wanted
+        job.draft = Draft()
+        for at in range(len(places)):
+            self.memory.device.setdefault(pages[at // self.memory.size], [None] * self.memory.size)
+            self.memory.device[pages[at // self.memory.size]][at % self.memory.size] = seen_at(job, at)
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())

@@ -8,6 +8,7 @@ import numpy as np
 
 from mlcgen.runtime.engine import Engine
 from mlcgen.runtime.executor import Float32, StepInput
+from mlcgen.runtime.heavy_hitters import KeyLayout
 from mlcgen.runtime.options import EngineOptions
 from mlcgen.runtime.outputs import RequestOutput
 from mlcgen.runtime.sampler import SamplingParams
@@ -151,10 +152,11 @@ def make_engine(
     options: EngineOptions | None = None,
     drafter: Drafter | None = None,
     window: int = 0,
+    keys: KeyLayout | None = None,
     **sizes: int,
 ) -> Engine:
     executor = executor or NumpyExecutor(**sizes, **({"window": window} if window else {}))
-    return Engine(executor, tokenizer, [0], CONTEXT, max_batch, options, drafter, window)
+    return Engine(executor, tokenizer, [0], CONTEXT, max_batch, options, drafter, window, keys)
 
 
 def run(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> list[RequestOutput]:
