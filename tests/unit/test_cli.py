@@ -64,6 +64,7 @@ def artifact(stub: Callable[..., None], tmp_path: Path, monkeypatch: pytest.Monk
         context_length=32,
         max_batch=4,
         window=0,
+        keys=None,
     )
     stub("mlcgen.runtime.load", load_executor=lambda path, **options: loaded)
     monkeypatch.setattr("mlcgen.cli_output.chosen_target", lambda path: None)

@@ -19,6 +19,7 @@ from mlcgen.runtime.engine import Engine
 from mlcgen.runtime.heavy_hitters import KeyLayout
 from mlcgen.runtime.ngram import NgramIndex
 from mlcgen.runtime.options import EngineOptions
+from mlcgen.runtime.page_mover import PageMover
 from mlcgen.runtime.sampler import SamplingParams
 from mlcgen.runtime.step_cost import StepCost
 
@@ -290,8 +291,12 @@ KEYS = KeyLayout(HEADS, 4, HEAD_DIM, "float64", (0.0,) * (HEAD_DIM // 2))  # thi
 @pytest.mark.parametrize("speculation", ["off", "ngram", "model"])
 @pytest.mark.parametrize("num_pages", [60, 13])
 @pytest.mark.parametrize("prefix_cache", [True, False])
-def test_heavy_hitters_of_a_text_without_end(speculation: str, num_pages: int, prefix_cache: bool) -> None:
+def test_heavy_hitters_of_a_text_without_end(
+    speculation: str, num_pages: int, prefix_cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each token is what the model says to the keys and values that are left, also of those that were preempted."""
+    # Those that are computed anew see what is left of the text alone.
+    monkeypatch.setattr(PageMover, "prefers_saving", lambda mover, sequence: True)
     requests = [(prompt_of(5), greedy(70)), (prompt_of(40, seed=1), greedy(70)), (prompt_of(40, seed=1), greedy(250))]
     given = {"window_keeps": "heavy", "window": 30, "sinks": 3, "prefix_cache": prefix_cache}
     engine = drafting_engine(
