@@ -50,3 +50,9 @@ def expected(spec: LowRank, x: np.ndarray, slots: np.ndarray, matrices: list, y:
             ]
             result[t] += np.concatenate(parts)
     return result
+
+
+def error_of(found: np.ndarray, expected: np.ndarray) -> float:
+    """||found - expected|| / ||expected||, or by what was added up, of size 1, where that all but cancels out."""
+    size = max(np.linalg.norm(expected), expected.size**0.5 / 2)
+    return float(np.linalg.norm(found.astype(np.float64) - expected) / size)

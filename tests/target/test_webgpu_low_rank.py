@@ -13,9 +13,9 @@ from mlcgen.targets.base import LowRank
 from mlcgen.targets.webgpu_kernels import low_rank
 from mlcgen.targets.webgpu_kernels.low_rank import FEW_TOKENS
 
-from .low_rank import BATCHES, EPS, SLOTS, expected, stored
+from .low_rank import BATCHES, EPS, SLOTS, error_of, expected, stored
 from .reference import rms_norm, silu_mul
-from .webgpu_build import relative_error, run
+from .webgpu_build import run
 
 LIMITS = AdapterLimits(16, SLOTS, "float16")
 
@@ -36,7 +36,7 @@ def check(spec: LowRank, batches: Sequence[list[int]], is_decode: int = 0) -> li
         y, out = before.copy(), np.full((n, width // 2), np.nan, np.float32)
         arrays = [x, *([weight] if spec.norm_eps is not None else []), np.array(slots, np.int32), *buffers, y]
         names.append(run(kernel, [*arrays, *[out] * spec.gates_result], {"n": n, "is_decode": is_decode})[-1])
-        assert relative_error(out if spec.gates_result else y, wanted) < 3e-6, slots
+        assert error_of(out if spec.gates_result else y, wanted) < 3e-6, slots
         unchanged = slice(None) if spec.gates_result else np.array(slots) < 0
         np.testing.assert_array_equal(y[unchanged], before[unchanged])
     return names
