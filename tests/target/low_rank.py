@@ -5,7 +5,7 @@ import numpy as np
 from mlcgen.adapter_layout import ProjectionGroup
 from mlcgen.targets.base import LowRank
 
-from .reference import tiled
+from .reference import silu_mul, tiled
 
 EPS = 1e-5
 SLOTS = 3
@@ -52,7 +52,16 @@ def expected(spec: LowRank, x: np.ndarray, slots: np.ndarray, matrices: list, y:
     return result
 
 
-def error_of(found: np.ndarray, expected: np.ndarray) -> float:
-    """||found - expected|| / ||expected||, or by what was added up, of size 1, where that all but cancels out."""
-    size = max(np.linalg.norm(expected), expected.size**0.5 / 2)
-    return float(np.linalg.norm(found.astype(np.float64) - expected) / size)
+def worst_error(
+    found: np.ndarray, spec: LowRank, x: np.ndarray, slots: np.ndarray, matrices: list, y: np.ndarray, eps: float = 0
+) -> float:
+    """The largest error of a result, by the sum of what was added up, all signs alike; eps: of the result's type."""
+    wanted = expected(spec, x, slots, matrices, y)
+    magnitudes = [[(np.abs(a), np.abs(b)) for a, b in parts] for parts in matrices]
+    size = expected(spec, np.abs(x), slots, magnitudes, np.abs(y))
+    if spec.gates_result:
+        (gate, up), (gate_size, up_size) = (np.split(each, 2, axis=-1) for each in (wanted, size))
+        wanted = silu_mul(wanted)
+        size = gate_size * np.abs(up) * 1.1 + np.abs(gate) * up_size  # SiLU's slope is 1.1 at most
+    rounding = eps * np.maximum(np.abs(wanted), 2**-14)  # below that float16 has a fixed step
+    return float(np.max((np.abs(found - wanted) - rounding) / size))
