@@ -55,9 +55,11 @@ class TextWindow:
         request.keep([*range(self._sinks), *range(request.num_tokens - kept + self._sinks, request.num_tokens)])
 
     def _keep_heavy(self, request: Request, kept: int, layout: KeyLayout) -> bool:
-        """False where there are no pages for them; then nothing has changed."""
+        """False where there are no pages for them, or no room in a small window; then nothing has changed."""
         computed, old_pages = request.num_computed, request.table.pages.tolist()
-        uncomputed = range(computed, request.num_tokens)
+        uncomputed = range(computed, request.num_tokens)  # the last token, and what a draft had right elsewhere
+        if kept - len(uncomputed) <= self._sinks:
+            return False
         raw = self._raw_pages(len(old_pages))
         self._executor.read_pages(old_pages, raw, range(len(old_pages)))
         cells = layout.cells(raw)

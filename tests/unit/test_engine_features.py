@@ -308,6 +308,17 @@ def test_heavy_hitters_of_a_text_without_end(
         assert output.token_ids == walked_heavily(prompt, params.max_tokens or 0, window=30, sinks=3)
 
 
+@pytest.mark.usefixtures("cheap_guesses")
+@pytest.mark.parametrize("speculation", ["off", "ngram", "lookahead", "model"])
+@pytest.mark.parametrize(("window", "sinks"), [(2, 0), (8, 3), (9, 0), (13, 2)])
+def test_heavy_hitters_of_small_windows(speculation: str, window: int, sinks: int) -> None:
+    """Trees leave tokens that are right and not in their places: perhaps more than such a window has room for."""
+    options = {"speculation": speculation, "branches": 3, "window_keeps": "heavy", "window": window, "sinks": sinks}
+    engine = drafting_engine(options, page_size=4, num_pages=40, keys=KEYS)
+    outputs = run(engine, [(prompt_of(5), greedy(70)), (REPETITIVE, greedy(70)), (prompt_of(1), greedy(250))])
+    assert [len(output.token_ids) for output in outputs] == [70, 70, 250]
+
+
 def walked_heavily(prompt: list[int], count: int, window: int, sinks: int) -> list[int]:
     model, cache, said = NumpyExecutor(), np.empty((2, HEADS, 0, HEAD_DIM)), []
     waiting = list(prompt)
