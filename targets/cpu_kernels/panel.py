@@ -3,6 +3,7 @@
 Tasks run panel by panel within a block of rows, so that a thread finds its rows of x in L2.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -29,7 +30,7 @@ ROWS_BYTES = 1536 * 1024  # of rows of x in bfloat16: CPUs with AMX have 2 MB of
 
 
 @dataclass(frozen=True)
-class Panel:
+class Panel(ABC):
     """The product with one multiply-add unit; a word of the panel holds `columns` columns of one row of W."""
 
     spec: Linear
@@ -72,6 +73,44 @@ class Panel:
                 body(first_row + full * height, rows)
             shorter = rows
 
+    @cached_property
+    def _tiles(self) -> int:
+        return 2 if self.isa.registers_per_tile == 1 else 1
+
+    @cached_property
+    def _depth(self) -> int:
+        """Columns of W (the k of the product) that are decoded at a time: a whole number of groups."""
+        unit = self.spec.fmt.group or 32
+        depth = PANEL_BYTES * self.columns // (4 * TILE * self._tiles)
+        return min(self.spec.in_features, depth // unit * unit)
+
+    @cached_property
+    def _rows_per_task(self) -> int:
+        return 256
+
+    @cached_property
+    def _height(self) -> int:
+        """Rows of a register tile."""
+        return tile_rows(self.isa, self._tiles * self.isa.registers_per_tile)
+
+    @abstractmethod
+    def _prepare(self, n: Expr, rows: Rows) -> Any: ...
+
+    @abstractmethod
+    def _allocate(self) -> Any: ...
+
+    @abstractmethod
+    def _decode(self, weights: Weights, panel: Any, t: int, tile: Expr, first_k: Expr, depth: Expr) -> None:
+        """Columns first_k … first_k + depth of a tile."""
+
+    @abstractmethod
+    def _block(self, task: "_Task", first_row: Expr, height: int) -> None:
+        """So many rows from first_row on, of which those past the task's end do not count, times the panel."""
+
+
+class RegisterPanel(Panel):
+    """Sums of a block of rows are in vector registers."""
+
     def _block(self, task: "_Task", first_row: Expr, height: int) -> None:
         """Rows past the end repeat the last one: the same value is stored again."""
         rows = [bind(tirx.min(first_row + r, task.end_row - 1)) for r in range(height)]
@@ -93,38 +132,8 @@ class Panel:
         for register, row, tile in targets:
             task.output.store(register.get(), row, tile)
 
-    @cached_property
-    def _tiles(self) -> int:
-        return 2 if self.isa.registers_per_tile == 1 else 1
-
-    @cached_property
-    def _depth(self) -> int:
-        """Columns of W (the k of the product) that are decoded at a time: a whole number of groups."""
-        unit = self.spec.fmt.group or 32
-        depth = PANEL_BYTES * self.columns // (4 * TILE * self._tiles)
-        return min(self.spec.in_features, depth // unit * unit)
-
-    @cached_property
-    def _rows_per_task(self) -> int:
-        return 256
-
-    @cached_property
-    def _height(self) -> int:
-        """Rows of a register tile."""
-        return tile_rows(self.isa, self._tiles * self.isa.registers_per_tile)
-
-    def _allocate(self) -> Any:
-        raise NotImplementedError
-
-    def _prepare(self, n: Expr, rows: Rows) -> Any:
-        raise NotImplementedError
-
-    def _decode(self, weights: Weights, panel: Any, t: int, tile: Expr, first_k: Expr, depth: Expr) -> None:
-        """Columns first_k … first_k + depth of a tile."""
-        raise NotImplementedError
-
-    def _multiply(self, task: "_Task", rows: Sequence[Expr]) -> list[list[Register]]:
-        raise NotImplementedError
+    @abstractmethod
+    def _multiply(self, task: "_Task", rows: Sequence[Expr]) -> list[list[Register]]: ...
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,7 @@ class _Task:
     end_row: Expr
 
 
-class Float32Panel(Panel):
+class Float32Panel(RegisterPanel):
     name, columns, fewest_rows = "float32 multiply-add", 1, 24
 
     def _prepare(self, n: Expr, rows: Rows) -> Buffer:
@@ -169,7 +178,7 @@ class Float32Panel(Panel):
         )
 
 
-class Bf16Panel(Panel):
+class Bf16Panel(RegisterPanel):
     """Weights and activations rounded to bfloat16, sums in float32 (AVX512-BF16)."""
 
     name, columns, fewest_rows = "bfloat16 dot product", 2, 16
@@ -207,7 +216,7 @@ def decode_bf16(isa: Isa, weights: Weights, panel: Buffer, t: int, tile: Expr, f
             store(panel, bf16_words(low, high), g * (fmt.group // 2) + column // 2, t * TILE)
 
 
-class Int8Panel(Panel):
+class Int8Panel(RegisterPanel):
     """Codes times the int8 digits of activations; scales once per group."""
 
     columns = 4
