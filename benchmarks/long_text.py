@@ -3,11 +3,12 @@
 python benchmarks/long_text.py ARTIFACT [--target T] [--window N ...] [--trials N] [--tokens N]
 
 A text of tests/data, token by token: how much the model is surprised by each, and how long a window's move takes. Then
-a pass key in one of two halves of a long prompt (Mohtashami and Jaggi, 2023), which the model is asked for when the
-prompt has been cut to half of the window.
+a pass key in the first half of a long prompt (Mohtashami and Jaggi, 2023), which the model is asked for when the prompt
+has been cut to half of the window.
 """
 
 import argparse
+import functools
 import random
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mlcgen.artifact import read_tokenizer_config
 from mlcgen.evaluate import read_ids
 from mlcgen.runtime.engine import Engine
 from mlcgen.runtime.executor import Float32, StepInput
@@ -58,9 +60,14 @@ class Dictated:
         return said
 
 
+@functools.cache
+def tokenizer_of(path: Path) -> Tokenizer:
+    return Tokenizer(path, read_tokenizer_config(path.parent))
+
+
 def new_engine(model: LoadedModel, executor: Any, options: dict[str, Any]) -> Engine:
     assert model.tokenizer_path is not None, "the artifact has no tokenizer"
-    tokenizer, sizes = Tokenizer(model.tokenizer_path, model.tokenizer_config), (model.context_length, 1)
+    tokenizer, sizes = tokenizer_of(model.tokenizer_path), (model.context_length, 1)
     chosen = EngineOptions(prefix_cache=False, **options)
     return Engine(executor, tokenizer, model.eos_token_ids, *sizes, chosen, None, model.window, model.keys)
 
@@ -86,7 +93,7 @@ def dictate(model: LoadedModel, text: list[int], options: dict[str, Any]) -> tup
 def pass_keys_found(model: LoadedModel, length: int, trials: int, options: dict[str, Any]) -> int:
     """Of so many prompts of `length` tokens. The key is in their first half, of which the last tokens know nothing."""
     assert model.tokenizer_path is not None
-    tokenizer, found = Tokenizer(model.tokenizer_path, model.tokenizer_config), 0
+    tokenizer, found = tokenizer_of(model.tokenizer_path), 0
     for trial in range(trials):
         random_ = random.Random(trial)
         key = str(random_.randrange(10000, 100000))

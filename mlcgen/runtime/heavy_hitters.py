@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from mlcgen.runtime import bfloat16
 from mlcgen.runtime.executor import Float32, Int32
 
 __all__ = ["KeyLayout", "heavy_hitters", "key_norms", "move_together"]
@@ -77,13 +78,9 @@ def _turned(keys: Float32, cos: Float32, sin: Float32) -> Float32:
 
 def _floats(stored: npt.NDArray[Any]) -> Float32:
     if stored.dtype == np.uint16:
-        return (stored.astype(np.uint32) << 16).view(np.float32)
+        return bfloat16.to_float32(stored)
     return stored.astype(np.float32)
 
 
 def _stored(values: Float32, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """bfloat16, kept as uint16, is rounded to nearest, ties to even; keys are finite."""
-    if dtype == np.uint16:
-        bits = values.view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    return values.astype(dtype)
+    return bfloat16.from_float32(values) if dtype == np.uint16 else values.astype(dtype)

@@ -15,6 +15,7 @@ from mlcgen.adapter_layout import AdapterLayout, AdapterLimits, ProjectionGroup,
 from mlcgen.errors import CheckpointError, UnsupportedError
 from mlcgen.formats import TILE
 from mlcgen.json_file import read_object
+from mlcgen.runtime import bfloat16
 from mlcgen.safetensors import Entry
 
 __all__ = ["Matrices", "read_adapter"]
@@ -176,7 +177,7 @@ def _read(entry: Entry, shape: tuple[int, ...], module: str) -> npt.NDArray[np.f
         raise UnsupportedError(f"{entry.path}: {module} is stored as {entry.dtype}; have: {', '.join(_STORAGE)}")
     array = safetensors.read_tensor(entry, _STORAGE[entry.dtype])
     if entry.dtype == "BF16":
-        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return bfloat16.to_float32(array)
     return array.astype(np.float32)
 
 

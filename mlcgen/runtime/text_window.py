@@ -60,7 +60,8 @@ class TextWindow:
         uncomputed = range(computed, request.num_tokens)  # the last token, and what a draft had right elsewhere
         if kept - len(uncomputed) <= self._sinks:
             return False
-        raw = self._raw_pages(len(old_pages))
+        layers, layer_bytes = self._executor.page_shape
+        raw = np.empty((layers, len(old_pages), layer_bytes), np.uint8)
         self._executor.read_pages(old_pages, raw, range(len(old_pages)))
         cells = layout.cells(raw)
         places = heavy_hitters(key_norms(cells, computed), kept - len(uncomputed), self._sinks)
@@ -69,10 +70,7 @@ class TextWindow:
             return False
         request.keep([*places.tolist(), *uncomputed])
         moved = move_together(cells, places, layout)
-        raw = moved.view(np.uint8).reshape(*moved.shape[:2], -1)
-        self._executor.write_pages(pages[: raw.shape[1]], raw, range(raw.shape[1]))
+        count = moved.shape[1]  # the rest is for tokens that are not computed
+        raw = moved.view(np.uint8).reshape(layers, count, layer_bytes)
+        self._executor.write_pages(pages[:count], raw, range(count))
         return True
-
-    def _raw_pages(self, count: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-        layers, layer_bytes = self._executor.page_shape
-        return np.empty((layers, count, layer_bytes), np.uint8)
