@@ -3,6 +3,7 @@
 import pytest
 import tokenizers
 
+from mlcgen.runtime.step_cost import StepCost
 from mlcgen.runtime.tokenizer import Tokenizer
 
 from .tiny_engine import VOCAB
@@ -23,3 +24,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(
         path, {"eos_token": "<eos>", "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
     )
+
+
+@pytest.fixture
+def cheap_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever steps take on this machine."""
+    monkeypatch.setattr(StepCost, "of_another", lambda cost, num_tokens: 0.1)
+    monkeypatch.setattr(StepCost, "seconds", lambda cost, num_tokens: 1e9)

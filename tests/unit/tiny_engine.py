@@ -2,10 +2,12 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlcgen.runtime.draft_model import ModelDrafter
 from mlcgen.runtime.engine import Engine
 from mlcgen.runtime.executor import Float32, StepInput
 from mlcgen.runtime.heavy_hitters import KeyLayout
@@ -17,6 +19,7 @@ from mlcgen.runtime.tokenizer import Tokenizer
 
 VOCAB, HEADS, HEAD_DIM, CONTEXT = 300, 2, 8, 200
 WIDTH = HEADS * HEAD_DIM
+REPETITIVE = [5, 6, 7, 8, 9] * 6
 
 
 class NumpyExecutor:
@@ -157,6 +160,17 @@ def make_engine(
 ) -> Engine:
     executor = executor or NumpyExecutor(**sizes, **({"window": window} if window else {}))
     return Engine(executor, tokenizer, [0], CONTEXT, max_batch, options, drafter, window, keys)
+
+
+def drafting_engine(options: dict[str, object], **sizes: int) -> Engine:
+    """With a draft model that agrees with the large one on two tokens of three."""
+    drafter = None
+    if options["speculation"] == "model":
+        small = NumpyExecutor(num_pages=20, page_size=16)
+        small.head = small.head + 0.2 * np.random.default_rng(2).standard_normal(small.head.shape)
+        drafter = ModelDrafter(small, CONTEXT, 8, options["branches"])  # type: ignore[arg-type]
+        options = options | {"draft_model": Path("small")}
+    return make_engine(options=EngineOptions(**options), drafter=drafter, **sizes)  # type: ignore[arg-type]
 
 
 def run(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> list[RequestOutput]:
