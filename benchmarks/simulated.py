@@ -1,7 +1,7 @@
 """The simulator beside the engine itself: one trace served by an artifact, and replayed with the cost of its steps.
 
-python benchmarks/simulated.py [ARTIFACT] [--target T] [--rate R ...]; without an artifact SmolLM2-135M is compiled for
-this CPU. The steps are timed before and after each run: what else the machine does then slows both alike.
+python benchmarks/simulated.py [ARTIFACT] [--target T] [--rate R] [--rate R ...]; without an artifact SmolLM2-135M is
+compiled for this CPU. The steps are timed before and after each run: what else the machine does then slows both alike.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from mlcgen.simulate.replay import Job, Replay, replay
 from mlcgen.simulate.report import Percentiles
 from mlcgen.simulate.run import Options, server_of
 from mlcgen.simulate.step_times import StepTimes
-from mlcgen.simulate.trace import Arrival, Lengths, Load, make_trace
+from mlcgen.simulate.trace import Arrival, Load, make_trace, parse_lengths
 
 Figures = dict[str, float]
 
@@ -113,15 +113,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--rate", type=float, action="append", help="requests a second; default: 2")
     parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--prompt", default="48:160", help="tokens: N, or MEDIAN:P95")
+    parser.add_argument("--output", default="24:64", help="likewise")
+    parser.add_argument("--arrivals", choices=["poisson", "bursty"], default="poisson")
+    parser.add_argument("--num-pages", type=int, help="default: what memory allows")
     parser.add_argument("--tokens-per-step", type=int)
     arguments = parser.parse_args()
-    load = Load(arguments.requests, "poisson", Lengths(48, 160), Lengths(24, 64))
+    lengths = parse_lengths(arguments.prompt), parse_lengths(arguments.output)
+    load = Load(arguments.requests, arguments.arrivals, *lengths)
     with tempfile.TemporaryDirectory() as folder:
         path = arguments.artifact
         if path is None:
             path = Path(folder) / "smollm2"
             mlcgen.compile("smollm2-135m", ["cpu"], "q8", path)
-        engine = load_engine(path, arguments.target, num_threads=arguments.threads)
+        engine = load_engine(path, arguments.target, arguments.num_pages, num_threads=arguments.threads)
         for rate in arguments.rate or (2.0,):
             Console().print(compare(engine, load, rate, arguments.tokens_per_step))
 

@@ -52,6 +52,7 @@ def calibrate(engine: Engine, source: str, progress: Callable[[int, int], None] 
         engine.scheduler.max_tokens_per_step,
         engine.context_length,
         layers[0] * layers[1],
+        stepper.looks_ahead,
     )
     return StepTimes(source, medians(steps), limits, page_seconds)
 
@@ -65,8 +66,9 @@ def _shapes(engine: Engine) -> Iterator[list[Part]]:
         candidates += [[(short, 1)] * count, [(min(long, MOST_CACHED // count), 1)] * count]
     for tokens in _powers(8, min(most, context - 1)):
         candidates.append([(0, tokens)])
-    chunk, few = min(128, most // 2), min(8, batch - 1, most // 2)
+    chunk, few, many = min(128, most // 2), min(8, batch - 1, most // 2), min(batch - 1, most // 2)
     candidates += [[(long, chunk)], [(long, 1)] * few + [(0, chunk)], [(short, 1)] * few + [(long, most // 4)]]
+    candidates += [[(short, 1)] * many + [(0, count)] for count in (chunk // 8, chunk, most // 2)]
     candidates.append([(0, max(most // 4, 2))] * min(4, batch))
     for parts in candidates:
         counts = [count for _, count in parts]
@@ -90,6 +92,7 @@ class _Stepper:
         self._executor = executor = engine.executor
         self._sampling = executor if isinstance(executor, SamplingExecutor) else HostSampling(executor)
         self._random = np.random.default_rng(0)
+        self.looks_ahead = self._sampling.looks_ahead([Sampler(GREEDY, [0], frozenset())])
 
     def num_pages(self, parts: Sequence[Part]) -> int:
         return sum(num_pages_for(before + count, self._executor.page_size) for before, count in parts)
@@ -115,7 +118,7 @@ class _Stepper:
         return [self._sequence(before, count, pool) for before, count in parts]
 
     def run(self, batch: Sequence[Cached]) -> float:
-        """Seconds of a step."""
+        """Seconds of a step alone; the engine hides a part of them behind the step before, where it looks ahead."""
         begun = perf_counter()
         samplers = [Sampler(GREEDY, sequence.tokens, frozenset()) for sequence in batch]
         step, sampled_rows, _ = step_input(batch, {}, self._executor.page_size)

@@ -30,6 +30,7 @@ class Server:
     context_length: int | None = None
     host_pages: int = 0  # for what is preempted; 0: it is computed anew
     page_seconds: float = 0.0  # to move a page to the host or back
+    looks_ahead: bool = False  # a step is chosen when the one before it begins, as engines on GPUs do
 
 
 class Job(Scheduling):
@@ -56,6 +57,16 @@ class Usage:
     peak_pages: int = 0
     num_moved: int = 0  # pages saved on the host or loaded
     num_preemptions: int = 0
+
+
+@dataclass(frozen=True)
+class _Step:
+    batch: list[Job]
+    ready: list[Job]  # those of them that sample
+    seconds: float
+    num_moved: int
+    num_held: int  # pages
+    waste: float  # share of their slots that have no token
 
 
 @dataclass
@@ -91,7 +102,8 @@ class Replica:
             host_pool=PagePool(server.host_pages),
             prefers_saving=lambda job: 2 * len(job.table) * server.page_seconds < job.num_computed * token_seconds,
         )
-        self._batch: list[Job] = []  # of the step under way, which ends at `clock`
+        self._step: _Step | None = None  # under way; it ends at `clock`
+        self._next: _Step | None = None  # chosen already
 
     @property
     def num_unfinished(self) -> int:
@@ -106,58 +118,81 @@ class Replica:
             self.scheduler.add(job)
         except RequestError as error:
             job.error = str(error)
-        if not self._batch:
+        if self._step is None:
             self.clock = max(self.clock, job.arrival.seconds)
 
     def run_until(self, seconds: float) -> None:
         """Run the steps that begin before then, and end those that end by then."""
         while True:
-            if self._batch:
+            if self._step is not None:
                 if self.clock > seconds:
                     return
-                self._end()
+                self._end(self._step)
             if self.clock >= seconds or not self._begin():
                 return
 
     def _begin(self) -> bool:
         """Start a step at `clock`; False if there is nothing to do."""
+        step, self._next = self._next or self._choose(), None
+        if step is None:
+            return False
+        self._step = step
+        self._count(step)
+        self.scheduler.advance(list(filter(_is_alive, step.batch)))  # others ended after it was chosen
+        for job in step.ready:
+            job.num_tokens += 1
+            job.is_ending = len(job.token_times) + 1 == job.num_wanted
+        if self.server.looks_ahead and step.ready:
+            self._next = self._choose()
+        return True
+
+    def _choose(self) -> _Step | None:
         while self.scheduler.has_work:
-            step = self.scheduler.schedule()
-            for job in step.outgrown:
+            chosen = self.scheduler.schedule()
+            for job in chosen.outgrown:
                 job.error = f"{job.num_tokens} tokens are more than the pages hold"
-            if step.batch:
-                self._batch = step.batch
-                self._count(step)
-                return True
-        return False
+            if chosen.batch:
+                return self._measure(chosen)
+            if self._step is not None:  # those that run end with it
+                break
+        return None
 
-    def _count(self, step: Scheduled[Job]) -> None:
-        server, usage, running = self.server, self.usage, self.scheduler.running
-        shape = StepShape.of((job.num_computed, job.num_scheduled, job.reaches_end) for job in step.batch)
-        moved = sum(transfer.kind != "copy" for transfer in step.transfers)
-        seconds = server.cost.seconds(shape) + moved * server.page_seconds
-        self.clock += seconds
+    def _measure(self, chosen: Scheduled[Job]) -> _Step:
+        server, running = self.server, self.scheduler.running
+        shape = StepShape.of((job.num_computed, job.num_scheduled, job.reaches_end) for job in chosen.batch)
+        moved = sum(transfer.kind != "copy" for transfer in chosen.transfers)
         slots = sum([len(job.table) for job in running]) * server.page_size
-        tokens = sum([job.num_tokens for job in running])
-        held = self.pool.num_pages - self.pool.num_free
-        usage.num_steps += 1
-        usage.num_moved += moved
-        usage.busy_seconds += seconds
-        usage.page_seconds += held * seconds
-        usage.waste_seconds += (1 - tokens / slots) * seconds
-        usage.peak_pages = max(usage.peak_pages, held)
+        return _Step(
+            chosen.batch,
+            [job for job in chosen.batch if job.reaches_end],
+            server.cost.seconds(shape) + moved * server.page_seconds,
+            moved,
+            self.pool.num_pages - self.pool.num_free,
+            1 - sum([job.num_tokens for job in running]) / slots,
+        )
 
-    def _end(self) -> None:
-        batch, self._batch = self._batch, []
-        ready = [job for job in batch if job.reaches_end]
-        self.scheduler.advance(batch)
-        for job in ready:
+    def _count(self, step: _Step) -> None:
+        usage = self.usage
+        self.clock += step.seconds
+        usage.num_steps += 1
+        usage.num_moved += step.num_moved
+        usage.busy_seconds += step.seconds
+        usage.page_seconds += step.num_held * step.seconds
+        usage.waste_seconds += step.waste * step.seconds
+        usage.peak_pages = max(usage.peak_pages, step.num_held)
+
+    def _end(self, step: _Step) -> None:
+        self._step = None
+        for job in filter(_is_alive, step.ready):
             job.token_times.append(self.clock)
             job.tokens.append(job.number)
-            job.num_tokens += 1
             if len(job.token_times) == job.num_wanted:
                 self.usage.num_preemptions += job.num_preemptions
                 self.scheduler.remove(job)
+
+
+def _is_alive(job: Job) -> bool:
+    return job.error is None and len(job.token_times) < job.num_wanted
 
 
 def replay(

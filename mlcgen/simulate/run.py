@@ -105,6 +105,7 @@ def server_of(times: StepTimes, options: Options) -> Server:
         context_length=limits.context_length,
         host_pages=saved,
         page_seconds=(times.page_seconds or 0.0) * size / limits.page_size,
+        looks_ahead=limits.looks_ahead,
     )
 
 

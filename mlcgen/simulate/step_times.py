@@ -27,6 +27,7 @@ class Limits:
     tokens_per_step: int = 512
     context_length: int | None = None  # None: no limit
     page_bytes: int = 0  # of all layers; 0: not known
+    looks_ahead: bool = False  # it chooses a step when the one before it begins
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,10 @@ def _limits(where: str, value: Any) -> Limits:
         else _count(where, name, value.get(name), at_least)
         for name, at_least in least.items()
     }
-    return Limits(**counts)
+    looks_ahead = value.get("looks_ahead", False)
+    if type(looks_ahead) is not bool:
+        raise SimulationError(f"{where}: looks_ahead is {looks_ahead!r:.40}; it must be true or false")
+    return Limits(**counts, looks_ahead=looks_ahead)
 
 
 def _count(where: str, name: str, value: Any, least: int) -> int:

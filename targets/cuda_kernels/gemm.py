@@ -35,7 +35,8 @@ class Tiling:
     @property
     def part(self) -> int:
         """Tokens whose sums one of the blocks that split k adds up."""
-        return self.tokens if self.split == 1 else max(8, 1 << (-(-self.tokens // self.split) - 1).bit_length())
+        sizes = (size for size in (8, *range(16, self.tokens + 1, 16)) if self.tokens % size == 0)
+        return self.tokens if self.split == 1 else next(size for size in sizes if size * self.split >= self.tokens)
 
     def features(self, is_gated: bool) -> int:
         """Of a block."""
@@ -81,8 +82,8 @@ def _dense_tilings(rows: int) -> list[tuple[int, Tiling]]:
     ]
 
 
-# Clusters are scheduled as a whole, so a few multiprocessors stay without one: blocks that all run at once, measured on
-# an H100, by how many a multiprocessor has room for.
+# Clusters of more than two are scheduled as a whole, so a few multiprocessors stay without one: blocks that all run at
+# once, measured on an H100, by how many a multiprocessor has room for.
 _ONE_WAVE = {1: 112, 2: 200}
 _MOST_SPLIT, _MOST_STAGES = 6, 16
 
@@ -94,11 +95,31 @@ def q4_tilings(spec: Linear, out_bytes: int) -> list[tuple[int, Tiling]]:
     for tokens in (32, 48, 64):
         each = [_q4_tiling(spec, out_bytes, tokens, consumers, depth=2) for consumers in (4, 3)]
         few.append(max(each, key=lambda tiling: _blocks_of_a_wave(spec, tiling)))
-    many = _q4_tiling(spec, out_bytes, 128, consumers=3)
-    if not _blocks_of_a_wave(spec, many):
-        many = _q4_tiling(spec, out_bytes, 128, consumers=2, depth=2)
-    last = _q4_tiling(spec, out_bytes, 256, consumers=2, split=1)
-    return [*((tiling.tokens, tiling) for tiling in (*few, many)), (0, last)]
+    for tokens in (96, 128):
+        many = _q4_tiling(spec, out_bytes, tokens, consumers=3)
+        fits = _blocks_of_a_wave(spec, many) > 0
+        few.append(many if fits else _q4_tiling(spec, out_bytes, tokens, consumers=2, depth=2))
+    few.append(_q4_tiling(spec, out_bytes, 192, consumers=2))
+    return [*((tiling.tokens, tiling) for tiling in few), *_large_q4_tilings(spec, out_bytes)]
+
+
+_MOST_TOKENS = 1024  # of a step
+_TWO_ADD_UP = 1.15  # time of a product whose k two blocks share, to half of it by one; measured on an H200
+
+
+def _large_q4_tilings(spec: Linear, out_bytes: int) -> list[tuple[int, Tiling]]:
+    """Beyond 192 tokens; two blocks share k for such numbers of tiles as leave many multiprocessors without one."""
+    whole, halves = (_fitting(Tiling(256, 2, 1, k, 1, is_q4=True), spec, out_bytes, _MOST_STAGES) for k in (1, 2))
+    rows, workers = _row_tiles(spec, whole), MULTIPROCESSORS["sm_90"]
+    found = [(0, whole)]
+    for tokens in range(_MOST_TOKENS, 0, -256):
+        tiles = rows * tokens // 256
+        turns, half_turns = -(-tiles // workers), -(-tiles // (workers // 2))
+        pays = half_turns / 2 * _TWO_ADD_UP < turns and spec.in_features > BLOCK_K
+        tiling = halves if pays else whole
+        if tiling != found[0][1]:
+            found.insert(0, (tokens, tiling))
+    return found
 
 
 def _q4_tiling(
@@ -108,14 +129,12 @@ def _q4_tiling(
     consumers: int,
     depth: int = 1,
     blocks: int = 1,
-    split: int = _MOST_SPLIT,
 ) -> Tiling:
     """With k split as far as all blocks still run at once, and as many stages as there is shared memory for."""
     tiling = Tiling(tokens, consumers, 1, 1, 1, depth, is_q4=True, blocks=blocks)
     steps = -(-spec.in_features // (BLOCK_K * depth))
-    most = min(split, steps, _ONE_WAVE[blocks] // _row_tiles(spec, tiling))
-    splits = (replace(tiling, split=split) for split in range(max(most, 1), 0, -1))
-    tiling = next(each for each in splits if tokens % each.part == 0)
+    splits = (replace(tiling, split=split) for split in range(min(_MOST_SPLIT, steps), 1, -1))
+    tiling = next((each for each in splits if _blocks_of_a_wave(spec, each)), tiling)
     return _fitting(tiling, spec, out_bytes, _MOST_STAGES)
 
 
@@ -134,7 +153,8 @@ def _row_tiles(spec: Linear, tiling: Tiling) -> int:
 def _blocks_of_a_wave(spec: Linear, tiling: Tiling) -> int:
     """Of a product whose tokens fit the tile; 0 where one wave is not enough."""
     blocks = _row_tiles(spec, tiling) * tiling.split
-    return blocks if blocks <= _ONE_WAVE[tiling.blocks] else 0
+    is_paired = tiling.blocks == 1 and tiling.split <= 2
+    return blocks if blocks <= (MULTIPROCESSORS["sm_90"] if is_paired else _ONE_WAVE[tiling.blocks]) else 0
 
 
 def _by_rows(rows: int, few: Tiling, some: Tiling, many: Tiling) -> Tiling:

@@ -17,10 +17,10 @@ constexpr int TILE_ROWS = 16, GROUP = 32;                     // GROUP columns s
 constexpr int TILE_CODES = TILE_ROWS * BLOCK_K / 2;           // bytes for BLOCK_K columns: [octet][row][4]
 constexpr int TILE_SCALES = TILE_ROWS * BLOCK_K / GROUP * 2;  // bytes: [group][row]
 
-// Tokens whose sums one of `split` blocks adds up: a power of two, from 8 on.
+// Tokens whose sums one of `split` blocks adds up: 8 or a multiple of 16 that divides the tile's.
 constexpr int part_tokens(int tokens, int split) {
   int part = 8;
-  while (split > 1 && part * split < tokens) part *= 2;
+  while (split > 1 && (tokens % part != 0 || part * split < tokens)) part += part < 16 ? 8 : 16;
   return split > 1 ? part : tokens;
 }
 
@@ -36,7 +36,7 @@ struct Tiling {
   static constexpr int SUMS = TOKENS / 2;                                // f32 accumulators of a consumer thread
   static constexpr bool REORDERS = WEIGHTS == Weights::Q4 && TOKENS <= 128;  // x, by three warps beside the producer
   // From a whole warp group of producers to consumers; a thread of each warp group shares 512 registers.
-  static constexpr bool MOVES_REGISTERS = SUMS > 96 || (REORDERS && SUMS > 32);
+  static constexpr bool MOVES_REGISTERS = SUMS > 96 || (WEIGHTS == Weights::Q4 && SUMS > 32);
   static constexpr int PRODUCER_REGISTERS = REORDERS ? 56 : 40;
   static constexpr int CONSUMER_REGISTERS = (512 - PRODUCER_REGISTERS) / CONSUMERS / 8 * 8;
   static constexpr int REORDERING = WARP_GROUP - WARP;                   // threads of these

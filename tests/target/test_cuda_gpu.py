@@ -101,7 +101,7 @@ def assert_same(found: np.ndarray, expected: np.ndarray, tolerance: float) -> No
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-@pytest.mark.parametrize("tokens", [1, 4, 5, 16, 17, 40, 64, 65, 128, 129, 200, 256, 300, 512])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 16, 17, 40, 64, 65, 96, 128, 129, 192, 200, 256, 300, 512])
 def test_products_of_any_number_of_tokens(compiled: Any, quantization: str, tokens: int) -> None:
     gpu, cpu = both(compiled(quantization), num_pages=40)
     batch = step_input([0], [tokens], np.arange(40)[::-1][None], 16)

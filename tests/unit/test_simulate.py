@@ -52,6 +52,7 @@ arrivals = st.builds(
     st.sampled_from(["chunked", "whole"]),
     st.booleans(),
     st.sampled_from([0, 50]),
+    st.booleans(),
 )
 def test_every_request_ends_once_with_all_its_tokens_and_no_page_is_left_held(
     trace: list[Arrival],
@@ -61,6 +62,7 @@ def test_every_request_ends_once_with_all_its_tokens_and_no_page_is_left_held(
     prefill: str,
     prefix_cache: bool,
     host_pages: int,
+    looks_ahead: bool,
 ) -> None:
     trace.sort(key=lambda arrival: arrival.seconds)
     server = make_server(
@@ -70,6 +72,7 @@ def test_every_request_ends_once_with_all_its_tokens_and_no_page_is_left_held(
         prefix_cache=prefix_cache,
         host_pages=host_pages,
         page_seconds=1e-6,
+        looks_ahead=looks_ahead,
     )
     result = replay(trace, server, replicas)
     assert [job.arrival for job in result.jobs] == trace
@@ -126,6 +129,14 @@ def test_without_chunks_a_decode_waits_for_a_prompt_that_comes_and_with_them_it_
     assert gaps["whole"] > steps > gaps["chunked"]
     assert summarize(results["whole"]).longest_gap == pytest.approx(gaps["whole"])
     assert first["whole"] < first["chunked"]
+
+
+def test_where_steps_are_chosen_ahead_a_request_waits_a_step_longer_and_the_others_take_as_long() -> None:
+    trace = [Arrival(0.0, 4, 60), Arrival(10.5, 4, 3)]
+    results = [replay(trace, make_server(constant_step(1.0), looks_ahead=ahead)) for ahead in (False, True)]
+    first = [result.jobs[1].token_times[0] for result in results]
+    assert first == [12.0, 13.0]
+    assert [result.jobs[0].token_times for result in results] == [[float(i) for i in range(1, 61)]] * 2
 
 
 def test_a_shared_beginning_is_computed_once() -> None:

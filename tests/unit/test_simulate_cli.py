@@ -86,6 +86,7 @@ def test_step_times_come_back_from_their_file(cost: Path) -> None:
         ({"steps": [{"tokens": 1}]}, "step 1: rows is None"),
         ({"steps": [{"tokens": 1, "rows": 1, "cached": 0, "pairs": 0, "seconds": -1}]}, "seconds is -1"),
         ({"limits": {"page_size": 0}}, "page_size is 0"),
+        ({"limits": {"looks_ahead": 1}}, "looks_ahead is 1"),
         ({"limits": None}, "limits"),
         ({"page_seconds": "fast"}, "page_seconds is 'fast'"),
     ],
