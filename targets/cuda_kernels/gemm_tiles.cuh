@@ -54,6 +54,8 @@ struct Tiling {
   static constexpr int PART_SUMS = PART_TOKENS / 2;
   static constexpr int PART_BYTES = PART_SUMS * WARP_GROUP * sizeof(float);
   static_assert(TOKENS % PART_TOKENS == 0 && SHARED_TOKENS % 8 == 0 && (DEPTH == 1 || REORDERS));
+  // Four would wait for registers that the block does not have.
+  static_assert(!MOVES_REGISTERS || CONSUMERS == 2 || CONSUMERS == 3);
 
   // Other blocks that block `part` sends sums to.
   DEVICE static int receivers(int part) { return RECEIVERS - (part < RECEIVERS); }

@@ -22,9 +22,10 @@ KERNELS = Path(__file__).parents[2] / "targets" / "cuda_kernels"
 # Undefined behaviour that a GPU punishes, too, or that comes of memory that was not written. Variables hold NaN until
 # they are assigned.
 CHECKS = ["-fsanitize=alignment,bounds,bool", "-fsanitize-undefined-trap-on-error", "-ftrivial-auto-var-init=pattern"]
+# No libraries: finding them takes a fifth of the time, and what kernels call is there in Python's process.
 OPTIONS = [
     *("-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-nostdinc++"),
-    *("-w", "-shared", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"),
+    *("-w", "-shared", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-nostdlib"),
 ]
 
 Dim3: TypeAlias = int | tuple[int, ...]
