@@ -9,11 +9,11 @@ class Acceptance:
     """How often one sequence's drafts are right, and from that how long the next one should be."""
 
     DECAY = 0.9
-    PAUSE, LONGEST_PAUSE = 8, 32  # steps without a draft where none pays; then one token is tried
+    PAUSE = 8  # steps without a draft after those that did not pay; then one token is tried
 
     def __init__(self) -> None:
         self._accepted, self._drafted = 1.5, 2.0  # tokens, older ones counting less; a hopeful beginning
-        self._pause, self._next_pause = 0, self.PAUSE
+        self._pause = 0
 
     def length(self, most: int, cost: float) -> int:
         """Tokens to draft: as long as the chance that all so far are right is worth a further token's cost.
@@ -27,16 +27,13 @@ class Acceptance:
         while count < most and (chance := chance * rate) > cost:
             count += 1
         if not count:
-            self._pause = self._next_pause
-            self._next_pause = min(2 * self._next_pause, self.LONGEST_PAUSE)
+            self._pause = self.PAUSE
             return min(most, 1)
         return count
 
     def record(self, drafted: int, accepted: int) -> None:
         """Of a draft, those before the first wrong one were accepted; those after it tell nothing."""
         judged = min(accepted + 1, drafted)
-        if accepted:
-            self._pause, self._next_pause = min(self._pause, self.PAUSE), self.PAUSE
         self._accepted = self._accepted * self.DECAY + accepted
         self._drafted = self._drafted * self.DECAY + judged
 

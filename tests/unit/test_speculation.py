@@ -86,25 +86,6 @@ def test_what_costs_as_much_as_it_gives_is_not_drafted() -> None:
     assert [acceptance.length(8, 1.0) for _ in range(Acceptance.PAUSE)] == [0] * Acceptance.PAUSE
 
 
-def test_the_longer_no_draft_pays_the_rarer_one_is_tried_until_one_is_right() -> None:
-    acceptance = Acceptance()
-
-    def tried(steps: int, accepted: int) -> list[int]:
-        found = []
-        for step in range(steps):
-            if length := acceptance.length(8, 0.9):
-                found.append(step)
-                acceptance.record(length, accepted)
-        return found
-
-    gaps = np.diff(tried(600, 0)).tolist()
-    assert gaps == sorted(gaps)
-    assert gaps[0] == Acceptance.PAUSE + 1
-    assert gaps[-1] == Acceptance.LONGEST_PAUSE + 1
-    first, second, *_ = tried(200, 1)
-    assert second - first == Acceptance.PAUSE + 1
-
-
 @pytest.mark.parametrize("slope", [0.0, 0.1, 1.0])
 def test_step_cost(slope: float) -> None:
     cost, random = StepCost(), np.random.default_rng(1)
