@@ -115,18 +115,16 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--prompt", default="48:160", help="tokens: N, or MEDIAN:P95")
     parser.add_argument("--output", default="24:64", help="likewise")
-    parser.add_argument("--arrivals", choices=["poisson", "bursty"], default="poisson")
-    parser.add_argument("--num-pages", type=int, help="default: what memory allows")
     parser.add_argument("--tokens-per-step", type=int)
     arguments = parser.parse_args()
     lengths = parse_lengths(arguments.prompt), parse_lengths(arguments.output)
-    load = Load(arguments.requests, arguments.arrivals, *lengths)
+    load = Load(arguments.requests, "poisson", *lengths)
     with tempfile.TemporaryDirectory() as folder:
         path = arguments.artifact
         if path is None:
             path = Path(folder) / "smollm2"
             mlcgen.compile("smollm2-135m", ["cpu"], "q8", path)
-        engine = load_engine(path, arguments.target, arguments.num_pages, num_threads=arguments.threads)
+        engine = load_engine(path, arguments.target, num_threads=arguments.threads)
         for rate in arguments.rate or (2.0,):
             Console().print(compare(engine, load, rate, arguments.tokens_per_step))
 

@@ -8,12 +8,12 @@ from mlcgen.errors import TargetError
 from mlcgen.formats import WeightFormat
 from mlcgen.targets import cuda_codegen, cuda_kernels
 from mlcgen.targets.base import Attention, Linear, LowRank, Target
+from mlcgen.targets.cuda_kernels.code import MAX_TOKENS_PER_STEP
 from mlcgen.targets.device_kernel import Code, KeyedKernels
 
 # Machine code for a GPU, or with compute_80 assembly (PTX) that the driver of any GPU since compiles when it loads.
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "compute_80")
 DEFAULT = "sm_90"
-MAX_TOKENS_PER_STEP = 1024  # more at once make products no faster, and other sequences wait longer
 
 
 def cuda_target(variant: str = "") -> Target:

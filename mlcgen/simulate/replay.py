@@ -138,7 +138,7 @@ class Replica:
             return False
         self._step = step
         self._count(step)
-        self.scheduler.advance(list(filter(_is_alive, step.batch)))  # others ended after it was chosen
+        self.scheduler.advance(step.batch)
         for job in step.ready:
             job.num_tokens += 1
             job.is_ending = len(job.token_times) + 1 == job.num_wanted
@@ -183,16 +183,14 @@ class Replica:
 
     def _end(self, step: _Step) -> None:
         self._step = None
-        for job in filter(_is_alive, step.ready):
+        for job in step.ready:
+            if job.error is not None:  # it has outgrown the pages in the step that was chosen meanwhile
+                continue
             job.token_times.append(self.clock)
             job.tokens.append(job.number)
             if len(job.token_times) == job.num_wanted:
                 self.usage.num_preemptions += job.num_preemptions
                 self.scheduler.remove(job)
-
-
-def _is_alive(job: Job) -> bool:
-    return job.error is None and len(job.token_times) < job.num_wanted
 
 
 def replay(

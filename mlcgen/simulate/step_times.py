@@ -150,7 +150,8 @@ def _of_bench(file: Path, name: str | None) -> StepTimes:
     row, options = rows[chosen[0]]
     steps = _bench_steps({key: each["median"] for key, each in row["metrics"].items()}, options)
     tokens = max([Limits.tokens_per_step, *(step.shape.tokens for step in steps)])
-    limits = Limits(max_batch=max(Limits.max_batch, options["batch"]), tokens_per_step=tokens)
+    batch = max(Limits.max_batch, options["batch"])
+    limits = Limits(max_batch=batch, tokens_per_step=tokens, looks_ahead=row["kind"] != "cpu")
     return StepTimes(f"{chosen[0]} on {row['device']}, mlcgen bench", steps, limits)
 
 

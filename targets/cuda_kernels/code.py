@@ -13,6 +13,7 @@ C_TYPES = {
     "uint8": "u8",
 }
 HALVES = ("float16", "bfloat16")
+MAX_TOKENS_PER_STEP = 1024  # more at once make products no faster, and other sequences wait longer
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148}  # of the larger GPUs
 # Shared memory that a block may have; others (sm_86, sm_89) have the least.
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}

@@ -9,7 +9,7 @@ from mlcgen.runtime.sizes import Size
 from mlcgen.targets.base import Linear
 from mlcgen.targets.device_kernel import ceildiv, times
 
-from .code import C_TYPES, MULTIPROCESSORS, RESERVED_BYTES, SHARED_BYTES, cpp
+from .code import C_TYPES, MAX_TOKENS_PER_STEP, MULTIPROCESSORS, RESERVED_BYTES, SHARED_BYTES, cpp
 
 BLOCK_K = 64
 SWIZZLE_128, NO_SWIZZLE = 3, 0  # CUtensorMapSwizzle
@@ -82,8 +82,8 @@ def _dense_tilings(rows: int) -> list[tuple[int, Tiling]]:
     ]
 
 
-# Clusters of more than two are scheduled as a whole, so a few multiprocessors stay without one: blocks that all run at
-# once, measured on an H100, by how many a multiprocessor has room for.
+# Clusters are scheduled as a whole, and those of more than two leave a few multiprocessors without one: blocks that all
+# run at once, measured on an H100, by how many a multiprocessor has room for.
 _ONE_WAVE = {1: 112, 2: 200}
 _MOST_SPLIT, _MOST_STAGES = 6, 16
 
@@ -103,7 +103,6 @@ def q4_tilings(spec: Linear, out_bytes: int) -> list[tuple[int, Tiling]]:
     return [*((tiling.tokens, tiling) for tiling in few), *_large_q4_tilings(spec, out_bytes)]
 
 
-_MOST_TOKENS = 1024  # of a step
 _TWO_ADD_UP = 1.15  # time of a product whose k two blocks share, to half of it by one; measured on an H200
 
 
@@ -112,7 +111,7 @@ def _large_q4_tilings(spec: Linear, out_bytes: int) -> list[tuple[int, Tiling]]:
     whole, halves = (_fitting(Tiling(256, 2, 1, k, 1, is_q4=True), spec, out_bytes, _MOST_STAGES) for k in (1, 2))
     rows, workers = _row_tiles(spec, whole), MULTIPROCESSORS["sm_90"]
     found = [(0, whole)]
-    for tokens in range(_MOST_TOKENS, 0, -256):
+    for tokens in range(MAX_TOKENS_PER_STEP, 0, -256):
         tiles = rows * tokens // 256
         turns, half_turns = -(-tiles // workers), -(-tiles // (workers // 2))
         pays = half_turns / 2 * _TWO_ADD_UP < turns and spec.in_features > BLOCK_K

@@ -202,6 +202,15 @@ def test_a_bench_result_gives_the_costs_that_it_measured(tmp_path: Path) -> None
     assert times.cost.seconds(StepShape(1, 1, 4096 + 16)) == pytest.approx(0.02)
     assert times.cost.seconds(StepShape(8, 8, 8 * 128)) == pytest.approx(0.02)
     assert times.cost.seconds(StepShape.of([(0, 512, True)])) == pytest.approx(0.512)
+
+
+@pytest.mark.parametrize(("kind", "ahead"), [("cpu", False), ("cuda", True), ("webgpu", True)])
+def test_engines_on_gpus_choose_their_steps_ahead(tmp_path: Path, kind: str, ahead: bool) -> None:
+    file, result = tmp_path / "bench.json", bench_result("q8")
+    result["engines"][0]["kind"] = kind
+    result["devices"][kind] = result["devices"]["cpu"]
+    file.write_text(json.dumps(result))
+    assert read_step_times(file).limits.looks_ahead == ahead
     assert json.loads(run("--cost", file, "--requests", 10, "--json"))["cases"][0]["summary"]["num_finished"] == 10
 
 
